@@ -1,0 +1,384 @@
+"""Recipes: the dataclasses are the schema, TOML is the interchange.
+
+A recipe says everything that decides a run's numbers. `load` reads TOML over the defaults, `save`
+writes the resolved recipe, and that file reproduces the run. Values that only change speed
+(threads, progress) are not part of it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from embkit.errors import UsageError, nearest
+
+
+def _require(ok: bool, what: str, fix: str) -> None:
+    if not ok:
+        raise UsageError(what, fix=fix)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """What is read.
+
+    Attributes:
+        path: a data folder (train/, dev/, test/), or None for the bundled demo data.
+        max_rejected: share of faulty rows above which reading stops with exit code 3.
+    """
+
+    path: str | None = None
+    max_rejected: float = 0.01
+
+    def __post_init__(self) -> None:
+        _require(
+            0 <= self.max_rejected <= 1,
+            f"data.max_rejected = {self.max_rejected} is no share.",
+            "give a number from 0 to 1",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dedup:
+    """Near-duplicate removal and decontamination.
+
+    Attributes:
+        threshold: Jaccard similarity of shingles from which two texts are near-duplicates.
+        action: what becomes of near-duplicates: merge, drop or mark.
+        words: length in words of the n-grams that mark a leak into the evaluation sets.
+        chars: the same in characters, for scripts without spaces.
+        seed: seed of the MinHash permutations.
+    """
+
+    threshold: float = 0.8
+    action: str = "merge"
+    words: int = 13
+    chars: int = 50
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _require(
+            0 < self.threshold <= 1,
+            f"dedup.threshold = {self.threshold} is out of range.",
+            "give a Jaccard similarity above 0 and at most 1, e.g. 0.8",
+        )
+        _one_of("dedup.action", self.action, ("merge", "drop", "mark"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tokenizer:
+    """How texts become tokens.
+
+    Attributes:
+        path: a tokenizer (directory, tokenizer.json or model id), or None to train WordPiece.
+        vocab_size: vocabulary of a trained tokenizer.
+        max_length_query: tokens a query keeps, special tokens included.
+        max_length_passage: tokens a passage keeps, special tokens included.
+        prompt_query: put before every query, as serving will.
+        prompt_passage: put before every passage.
+    """
+
+    path: str | None = None
+    vocab_size: int = 16000
+    max_length_query: int = 32
+    max_length_passage: int = 96
+    prompt_query: str = ""
+    prompt_passage: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """The encoder.
+
+    Attributes:
+        path: a model directory or id to start from, or None to build a small BERT from these sizes.
+        hidden: width of the states. layers, heads, intermediate: as in BERT.
+        dims: MRL widths; the largest is the width of the embedding.
+        pooling: mean, cls or last.
+        projection: put a random linear layer (no bias) between pooling and embedding.
+        dropout: of states and attention.
+        seed: seed of the initialisation, shared by every run.
+    """
+
+    path: str | None = None
+    hidden: int = 256
+    layers: int = 2
+    heads: int = 4
+    intermediate: int = 1024
+    dims: tuple[int, ...] = (256, 128, 64)
+    pooling: str = "mean"
+    projection: bool = True
+    dropout: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _one_of("model.pooling", self.pooling, ("mean", "cls", "last"))
+        _require(
+            bool(self.dims) and all(d > 0 for d in self.dims),
+            f"model.dims = {list(self.dims)} has no positive width.",
+            "give the MRL widths, e.g. [256, 128, 64]",
+        )
+        _require(
+            self.hidden % self.heads == 0,
+            f"model.hidden = {self.hidden} is no multiple of model.heads = {self.heads}.",
+            "choose heads that divide hidden",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """One training stage.
+
+    Attributes:
+        steps: optimizer steps.
+        batch_size: rows of a global batch.
+        temperature: of InfoNCE; cosines are divided by it.
+        lr: peak learning rate of AdamW. warmup_ratio: share of the steps that warm up linearly.
+        schedule: cosine, linear or constant after the warm-up, down to lr * min_lr_ratio.
+        weight_decay: decoupled, on matrices only. clip_norm: global gradient norm.
+        seed: seed of the plan (order, sampling) and of dropout.
+        tasks: mixture weight of each task by name; empty means all tasks by their size.
+        hard_negatives: mined negatives per query of a retrieval batch.
+        cosent_scale: lambda of CoSENT (1 / its temperature).
+        token_budget: tokens of a micro-batch, padding included.
+        checkpoint_every: steps between checkpoints. keep_checkpoints: how many stay.
+        data_threads: threads that assemble batches; does not change the result.
+        log_every: steps between progress lines; every step is in log.jsonl.
+        betas, eps: of AdamW.
+    """
+
+    steps: int = 1000
+    batch_size: int = 256
+    temperature: float = 0.02
+    lr: float = 5e-4
+    warmup_ratio: float = 0.1
+    schedule: str = "cosine"
+    min_lr_ratio: float = 0.0
+    weight_decay: float = 0.01
+    clip_norm: float = 1.0
+    seed: int = 0
+    tasks: Mapping[str, float] = field(default_factory=dict)
+    hard_negatives: int = 0
+    cosent_scale: float = 20.0
+    token_budget: int = 16384
+    checkpoint_every: int = 100
+    keep_checkpoints: int = 2
+    data_threads: int = 1
+    log_every: int = 10
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+
+    def __post_init__(self) -> None:
+        _one_of("schedule", self.schedule, ("cosine", "linear", "constant"))
+        for name in ("steps", "batch_size", "token_budget", "checkpoint_every", "data_threads"):
+            value = getattr(self, name)
+            _require(value > 0, f"{name} = {value} is not positive.", "give a whole number from 1")
+        for name in ("temperature", "lr"):
+            value = getattr(self, name)
+            _require(value > 0, f"{name} = {value} is not positive.", "give a number above 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mine:
+    """Hard-negative mining.
+
+    Attributes:
+        k: negatives kept per query.
+        candidates: neighbours looked at per query.
+        percent_of_positive: keep a candidate below this share of the lowest positive's score.
+        skip: highest-ranked candidates to pass over.
+        near_duplicate: word-3-gram Jaccard with a positive from which a candidate is its copy.
+    """
+
+    k: int = 4
+    candidates: int = 64
+    percent_of_positive: float = 0.95
+    skip: int = 0
+    near_duplicate: float = 0.7
+
+
+@dataclass(frozen=True, kw_only=True)
+class Soup:
+    """How fine-tuned runs are merged: greedy or uniform, judged on the dev sets."""
+
+    select: str = "greedy"
+
+    def __post_init__(self) -> None:
+        _one_of("soup.select", self.select, ("greedy", "uniform"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate:
+    """Evaluation: bm25 also scores BM25 on the retrieval sets."""
+
+    bm25: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A whole run, from raw text to exported model.
+
+    Attributes:
+        name: for titles and the model card.
+        finetune: the common settings of the fine-tuning runs.
+        runs: one table per fine-tuning run, with the settings in which it differs (seed, lr ...).
+    """
+
+    name: str = "quickstart"
+    data: Data = field(default_factory=Data)
+    dedup: Dedup = field(default_factory=Dedup)
+    tokenizer: Tokenizer = field(default_factory=Tokenizer)
+    model: Model = field(default_factory=Model)
+    prefinetune: Train = field(default_factory=Train)
+    mine: Mine = field(default_factory=Mine)
+    finetune: Train = field(default_factory=Train)
+    runs: tuple[Mapping[str, Any], ...] = ({"seed": 0},)
+    soup: Soup = field(default_factory=Soup)
+    evaluate: Evaluate = field(default_factory=Evaluate)
+
+    def __post_init__(self) -> None:
+        _require(bool(self.runs), "The recipe has no [[runs]].", "add at least one, e.g. seed = 0")
+        for i in range(len(self.runs)):
+            self.run_config(i)
+
+    def run_config(self, i: int) -> Train:
+        """The settings of fine-tuning run ``i``: ``finetune`` with ``runs[i]`` over it."""
+        return _build(
+            Train,
+            {**_plain(self.finetune), **self.runs[i]},
+            f"runs[{i}]",
+        )
+
+
+def builtin() -> dict[str, Path]:
+    """Names and files of the recipes that ship with embkit."""
+    folder = Path(__file__).with_name("recipes")
+    return {path.stem: path for path in sorted(folder.glob("*.toml"))}
+
+
+def load(source: Path | str, *, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe.
+
+    Args:
+        source: a TOML file, or the name of a built-in recipe such as ``"quickstart"``.
+        overrides: ``"section.key=value"`` strings, values in TOML syntax (bare words are strings).
+
+    Raises:
+        UsageError: unknown key (names the nearest), wrong type, or a value out of range.
+        FileNotFoundError: no such file and no such built-in recipe.
+    """
+    table = read_table(source)
+    for item in overrides:
+        apply_override(table, item)
+    return from_table(table, where=str(source))
+
+
+def read_table(source: Path | str) -> dict[str, Any]:
+    """The TOML table of a recipe file or built-in name, unchecked."""
+    path = builtin().get(str(source)) or Path(source)
+    if not path.is_file():
+        known = ", ".join(builtin())
+        raise FileNotFoundError(2, f"No such recipe file; built-in recipes: {known}", str(path))
+    try:
+        return tomllib.loads(path.read_text("utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(
+            f"The recipe is not valid TOML: {error}", where=path, fix="correct that line"
+        ) from error
+
+
+def from_table(table: Mapping[str, Any], *, where: str = "recipe") -> Recipe:
+    """Build a recipe from a TOML table; see :func:`load`."""
+    return _build(Recipe, table, where)
+
+
+def apply_override(table: dict[str, Any], item: str) -> None:
+    """Set one ``section.key=value`` in a TOML table."""
+    key, eq, text = item.partition("=")
+    if not eq or not key.strip():
+        raise UsageError(
+            f"--set {item!r} is not KEY=VALUE.", fix="write for example --set finetune.lr=2e-5"
+        )
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    *sections, last = key.strip().split(".")
+    at: Any = table
+    for section in sections:
+        at = at.setdefault(section, {})
+        if not isinstance(at, dict):
+            raise UsageError(f"--set {item!r}: {section} is no section.")
+    at[last] = value
+
+
+def to_table(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as a plain table: every value, defaults included, None left out."""
+    return _plain(recipe)
+
+
+def save(recipe: Recipe, path: Path | str) -> None:
+    """Write the resolved recipe as TOML; loading it gives an equal recipe."""
+    import tomli_w
+
+    from embkit import _rust
+
+    text = f"# Resolved by embkit; `embkit run` with this file repeats the run.\n{tomli_w.dumps(to_table(recipe))}"
+    _rust.publish_file(str(path), text.encode())
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        pairs = ((f.name, getattr(value, f.name)) for f in dataclasses.fields(value))
+        return {name: _plain(item) for name, item in pairs if item is not None}
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _one_of(name: str, value: str, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise UsageError(f"{name} = {value!r} is not known; {nearest(value, allowed)}")
+
+
+def _build(cls: Any, table: Any, where: str) -> Any:
+    """A dataclass from a table: unknown keys name the nearest, types are checked."""
+    if not isinstance(table, Mapping):
+        raise UsageError(f"{cls.__name__} must be a table, not {table!r}.", where=where)
+    hints = typing.get_type_hints(cls)
+    known = {f.name for f in dataclasses.fields(cls)}
+    for key in table:
+        if key not in known:
+            raise UsageError(
+                f"Unknown key {key!r} in {cls.__name__.lower()}; {nearest(key, known)}", where=where
+            )
+    values = {key: _convert(hints[key], item, f"{where}: {key}") for key, item in table.items()}
+    return cls(**values)
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return _build(hint, value, where)
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is types.UnionType:
+        return _convert(args[0], value, where)
+    if origin is tuple and isinstance(value, (list, tuple)):
+        if len(args) == 2 and args[1] is not Ellipsis and len(value) != len(args):
+            raise UsageError(f"Expected {len(args)} values, not {len(value)}.", where=where)
+        return tuple(_convert(args[0], item, where) for item in value)
+    if isinstance(origin, type) and issubclass(origin, Mapping) and isinstance(value, Mapping):
+        return {str(key): _convert(args[1], item, where) for key, item in value.items()}
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hint is Any or (isinstance(hint, type) and type(value) is hint):
+        return value
+    expected = getattr(hint, "__name__", str(hint))
+    raise UsageError(f"Expected {expected}, found {value!r}.", where=where, fix="correct its type")

@@ -1,0 +1,233 @@
+"""A stage is a function from directories to a directory: whole or absent, and free when done.
+
+A stage's digest covers its name and format version, its parameters and the digests of its inputs.
+Work goes to a hidden partial directory beside the output that carries the digest in its name, so
+that a killed stage finds its own shards or checkpoints again, and nothing else ever reads them.
+Publishing writes the manifest last and renames the directory as one step.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from embkit import __version__, _rust
+from embkit.container import VERSION, read_manifest, write_manifest
+from embkit.errors import CorruptError, UsageError
+
+_HASH_CACHE_FROM = 64 << 20  # smaller files are hashed faster than a cache is opened
+
+
+class Stage:
+    """One run of a stage; made by :func:`stage`.
+
+    Attributes:
+        out: the directory this stage publishes.
+        dir: the partial directory to write into while :attr:`done` is false, else ``out``.
+        digest: hex BLAKE3 over name, version, parameters and inputs.
+        done: the output is there with this digest; skip the work.
+    """
+
+    def __init__(self, out: Path, kind: str, digest: str, record: dict[str, Any]) -> None:
+        self.out = out
+        self.kind = kind
+        self.digest = digest
+        self._record = record
+        self.done = is_done(out, digest)
+        self.dir = out if self.done else partial_dir(out, digest)
+
+    def publish(self, extra: Mapping[str, Any] | None = None) -> Path:
+        """Write the manifest over every file in :attr:`dir`, then rename it to :attr:`out`.
+
+        Args:
+            extra: further manifest fields (counts, tokenizer, tasks ...), JSON types only.
+        """
+        manifest = {**self._record, **(extra or {}), "files": _files(self.dir)}
+        write_manifest(self.dir, manifest)
+        _rust.publish_dir(str(self.dir), str(self.out))
+        for stale in self.out.parent.glob(f".partial-{self.out.name}-*"):
+            shutil.rmtree(stale, ignore_errors=True)
+        self.dir, self.done = self.out, True
+        return self.out
+
+
+@contextmanager
+def stage(
+    out: Path | str,
+    *,
+    name: str,
+    version: int = 1,
+    params: Mapping[str, Any],
+    inputs: Sequence[Path | str] = (),
+    kind: str | None = None,
+    fresh: bool = False,
+) -> Iterator[Stage]:
+    """Open a stage for work, alone: a second process on the same output waits for the first.
+
+    Args:
+        out: the directory to publish.
+        name: the stage's name, part of the digest.
+        version: the stage's own format version; raise it when the same inputs give other bytes.
+        params: everything else that decides the output; JSON types only.
+        inputs: files and directories that are read.
+        kind: the manifest's ``format`` (default ``"embkit." + name``).
+        fresh: forget a finished output and any partial work first.
+
+    Raises:
+        UsageError: ``out`` exists and is not an embkit output, or a parameter is no JSON type.
+    """
+    out = Path(out)
+    if "://" in str(out):
+        raise UsageError(
+            "Outputs are local directories.", where=out, fix="write locally, then copy it away"
+        )
+    if out.exists() and not (out / "manifest.json").is_file() and any(out.iterdir()):
+        raise UsageError(
+            "The output directory exists and was not written by embkit.",
+            where=out,
+            fix="choose another directory, or empty this one",
+        )
+    digests = {f"{i}:{Path(p).name}": digest_of(p) for i, p in enumerate(inputs)}
+    record = {
+        "format": kind or f"embkit.{name}",
+        "version": VERSION,
+        "stage": name,
+        "stage_version": version,
+        "params": dict(params),
+        "inputs": digests,
+    }
+    try:
+        digest = _rust.blake3(json.dumps(record, sort_keys=True, allow_nan=False).encode())
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"A parameter of stage {name} is no JSON value: {error}") from error
+    record |= {"digest": digest, "embkit": __version__}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if fresh:
+        shutil.rmtree(partial_dir(out, digest), ignore_errors=True)
+        if is_done(out, digest):
+            (out / "manifest.json").unlink()
+            shutil.rmtree(out)
+    work = Stage(out, record["format"], digest, record)
+    if work.done:
+        yield work
+        return
+    lock = _lock(work.dir)
+    try:
+        work.done = is_done(out, digest)  # another process may have finished it while we waited
+        if work.done:
+            shutil.rmtree(work.dir, ignore_errors=True)
+            work.dir = out
+        yield work
+    finally:
+        os.close(lock)
+
+
+def partial_dir(out: Path, digest: str) -> Path:
+    """Where a stage with this digest works until it publishes."""
+    return out.parent / f".partial-{out.name}-{digest[:16]}"
+
+
+def is_done(out: Path, digest: str) -> bool:
+    """Whether ``out`` is a published output with this digest and none of its files is damaged."""
+    if not (out / "manifest.json").is_file():
+        return False
+    try:
+        manifest = read_manifest(out)
+        if manifest.get("digest") != digest:
+            return False
+        check_files(out, manifest)
+    except CorruptError:
+        return False
+    return True
+
+
+def check_files(directory: Path, manifest: Mapping[str, Any] | None = None) -> None:
+    """Check that each file of a manifest is there with its length, header and checksum table.
+
+    Raises:
+        CorruptError: a file is missing, has another length or another header.
+    """
+    manifest = manifest or read_manifest(directory)
+    for name, want in manifest["files"].items():
+        path = directory / name
+        if ".." in Path(name).parts or Path(name).is_absolute() or path.is_symlink():
+            raise CorruptError("The manifest names a file outside its directory.", where=path)
+        if not path.is_file():
+            raise CorruptError(
+                "A file that the manifest lists is missing.",
+                where=path,
+                fix="copy the directory again, or run its stage again with --fresh",
+            )
+        if _file_record(path) != want:
+            raise CorruptError(
+                "A file is not the one that was published: its length or checksum differs.",
+                where=path,
+                fix="copy the directory again, or run its stage again with --fresh",
+            )
+
+
+def digest_of(path: Path | str) -> str:
+    """Digest of an input: a manifest's for embkit outputs, else BLAKE3 of names and contents."""
+    path = Path(path)
+    if path.is_file():
+        return _hash_file(path)
+    if (path / "manifest.json").is_file():
+        manifest = read_manifest(path)
+        content = {"digest": manifest.get("digest"), "files": manifest.get("files")}
+        return _rust.blake3(json.dumps(content, sort_keys=True).encode())
+    if path.is_dir():
+        files = sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
+        lines = [f"{p.relative_to(path).as_posix()} {_hash_file(p)}" for p in files]
+        return _rust.blake3("\n".join(lines).encode())
+    raise FileNotFoundError(2, "No such file or directory", str(path))
+
+
+def _files(directory: Path) -> dict[str, dict[str, Any]]:
+    names = sorted(
+        p.relative_to(directory).as_posix()
+        for p in directory.rglob("*")
+        if p.is_file() and p != directory / "manifest.json"
+    )
+    return {name: _file_record(directory / name) for name in names}
+
+
+def _file_record(path: Path) -> dict[str, Any]:
+    if path.suffix == ".safetensors":
+        with suppress(CorruptError):
+            return dict(_rust.file_info(str(path)))
+    return {"length": path.stat().st_size, "blake3": _hash_file(path)}
+
+
+def _hash_file(path: Path) -> str:
+    """BLAKE3 of a file; for large ones remembered by size and modification time."""
+    stat = path.stat()
+    if stat.st_size < _HASH_CACHE_FROM:
+        return _rust.blake3_file(str(path))
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    key = _rust.blake3(f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}".encode())
+    cached = home / "embkit" / "blake3" / key
+    with suppress(OSError):
+        return cached.read_text()
+    digest = _rust.blake3_file(str(path))
+    with suppress(OSError):  # a cache that cannot be written is only slower
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        _rust.publish_file(str(cached), digest.encode())
+    return digest
+
+
+def _lock(directory: Path) -> int:
+    """Hold the partial directory itself, so that no lock file is left behind."""
+    while True:
+        directory.mkdir(parents=True, exist_ok=True)
+        handle = os.open(directory, os.O_RDONLY)
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        with suppress(FileNotFoundError):
+            if os.stat(directory).st_ino == os.fstat(handle).st_ino:  # noqa: PTH116
+                return handle
+        os.close(handle)  # it was published while we waited: look again

@@ -1,4 +1,4 @@
-"""The errors embkit raises: each says what happened, where, and what to do, and knows its exit code.
+"""Errors that say what happened, where and what to do; each knows its exit code.
 
 The Rust core raises the same classes. Trouble of the operating system stays what it is in Python
 (``FileNotFoundError``, ``OSError``, ``MemoryError``); the command line turns it into exit code 4.

@@ -329,8 +329,8 @@ def save(recipe: Recipe, path: Path | str) -> None:
 
     from embkit import _rust
 
-    text = f"# Resolved by embkit; `embkit run` with this file repeats the run.\n{tomli_w.dumps(to_table(recipe))}"
-    _rust.publish_file(str(path), text.encode())
+    note = "# Resolved by embkit; `embkit run` with this file repeats the run.\n"
+    _rust.publish_file(str(path), (note + tomli_w.dumps(to_table(recipe))).encode())
 
 
 def _plain(value: Any) -> Any:

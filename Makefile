@@ -1,0 +1,67 @@
+# Every target sets up what it needs: a virtual environment in .venv, the pinned stack, the release build.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+OUT ?= runs/quickstart
+GROUP ?= kernels
+IN_VENV := PATH="$(abspath $(BIN)):$$PATH" VIRTUAL_ENV="$(abspath $(VENV))"
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+RUST := $(shell find rust -name '*.rs' -o -name Cargo.toml 2>/dev/null) Cargo.toml Cargo.lock
+
+.PHONY: help build demo test test-all lint bench gpu wheel clean
+
+help: ## Show this help
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+# The two steps of the set-up leave stamps, so that the second time is quick.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "embkit needs Python >= 3.11; say for example: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 2; }
+	@command -v cargo >/dev/null || \
+	  { echo "embkit needs a Rust toolchain (cargo and rustc >= 1.85 on the PATH)"; exit 2; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "First set-up: the pinned Python packages and the release build (some minutes, once)"
+	@$(PIP) install --upgrade "pip>=24" "maturin>=1.14,<2"
+	@$(IN_VENV) PIP_QUIET=1 PIP_CONSTRAINT=constraints.txt \
+	  $(BIN)/maturin develop --release --quiet --extras=test,lint
+	@touch $@
+
+$(VENV)/.built: $(VENV)/.installed $(RUST)
+	@$(IN_VENV) $(BIN)/maturin develop --release --quiet --skip-install
+	@touch $@
+
+build: $(VENV)/.built ## Set up .venv and build the extension in release mode
+
+demo: $(VENV)/.built ## The main job on bundled data: raw text to exported model (about 6 minutes)
+	@$(BIN)/embkit demo --out $(OUT)
+
+test: $(VENV)/.built ## Tests of Rust and Python, without the slow and GPU ones
+	@cargo test --workspace --quiet
+	@$(BIN)/python -m pytest -q -m "not slow and not gpu"
+
+test-all: $(VENV)/.built ## All tests that this machine can run, with full counts
+	@EMBKIT_TEST_FULL=1 cargo test --workspace --quiet
+	@EMBKIT_TEST_FULL=1 $(BIN)/python -m pytest -q
+
+lint: $(VENV)/.built ## Format and lint checks, types
+	@cargo fmt --all --check
+	@cargo clippy --workspace --all-targets --quiet -- -D warnings
+	@$(BIN)/ruff format --check python kernels tests benches
+	@$(BIN)/ruff check python kernels tests benches
+	@$(BIN)/mypy
+
+bench: $(VENV)/.built ## Benchmarks of one group beside their rivals: make bench GROUP=kernels
+	@$(BIN)/embkit bench $(GROUP)
+
+gpu: $(VENV)/.built ## On a machine with a GPU: GPU tests, then kernel and training benches
+	@$(BIN)/python -m pytest -q -m gpu tests
+	@$(BIN)/embkit bench kernels --json benches/results/kernels-gpu.json
+
+wheel: $(VENV)/.installed ## Build the abi3 wheel and the sdist into dist/
+	@$(IN_VENV) $(BIN)/maturin build --release --sdist --out dist
+
+clean: ## Remove the environment, builds and runs
+	rm -rf $(VENV) target dist runs .pytest_cache .mypy_cache .ruff_cache python/embkit/*.so

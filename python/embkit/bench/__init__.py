@@ -1,0 +1,304 @@
+"""The bench harness: rivals in the same run, equal results first, medians of interleaved rounds.
+
+A case is some work, our way of doing it and the rivals' ways. The harness runs each once, asserts
+that the results agree, then times them in turn, round by round, so that a machine whose speed
+drifts slows all of them alike. `embkit bench GROUP` and the files under benches/ both use it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import importlib
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from embkit.errors import EmbkitError, UsageError, nearest
+
+GROUPS = ("store", "dedup", "mine", "kernels", "train", "soup")
+
+
+@dataclass(kw_only=True)
+class Case:
+    """One row to be: the work, ours and the rivals.
+
+    Attributes:
+        name: row name, e.g. ``"mine.exact.64k"``.
+        unit: unit of the rate, e.g. ``"queries/s"``.
+        work: units done by one call.
+        ours: does the work and returns a result.
+        rivals: name to callable doing the same work; one that is not installed is left out.
+        check: asserts that a rival's result equals ours; called before any timing.
+        limit: name of a physical limit and its rate in the same unit, measured in this run.
+        floor, goal: wanted rate or ratio, as the docs state them.
+        facts: further fields of the row (n, d, k, isa, data ...).
+        skipped: rivals that cannot run here, with the reason.
+    """
+
+    name: str
+    unit: str
+    work: float
+    ours: Callable[[], Any]
+    rivals: Mapping[str, Callable[[], Any]] = field(default_factory=dict)
+    check: Callable[[Any, Any], None] | None = None
+    limit: tuple[str, float] | None = None
+    floor: str | None = None
+    goal: str | None = None
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    skipped: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(kw_only=True)
+class Row:
+    """One result; `value` and `peer_value` are work per CPU-second with one thread."""
+
+    name: str
+    value: float
+    unit: str
+    peer: str | None
+    peer_value: float | None
+    ratio: float | None
+    wall: float
+    wall2: float | None
+    peak_bytes: int
+    peer_peak_bytes: int | None
+    limit: str | None
+    limit_share: float | None
+    floor: str | None
+    goal: str | None
+    facts: Mapping[str, Any]
+    machine: str
+    commit: str
+    versions: Mapping[str, str]
+
+
+@dataclass
+class _Sample:
+    cpu: float
+    wall: float
+    peak: int
+
+
+def run_case(case: Case, *, rounds: int = 5, threads: int = 1) -> list[Row]:
+    """Measure a case; one row per rival, or one row without a peer.
+
+    Args:
+        rounds: interleaved rounds whose median counts.
+        threads: threads of the timed rounds; the second wall figure uses two.
+    """
+    ways = {"embkit": case.ours, **case.rivals}
+    with _threads(threads):
+        first = {name: way() for name, way in ways.items()}
+        if case.check is not None:
+            for name in case.rivals:
+                try:
+                    case.check(first["embkit"], first[name])
+                except AssertionError as error:
+                    raise EmbkitError(
+                        f"{case.name}: the results of embkit and {name} differ: {error}"
+                    ) from error
+        first.clear()
+        samples: dict[str, list[_Sample]] = {name: [] for name in ways}
+        for _ in range(rounds):
+            for name, way in ways.items():
+                samples[name].append(_measure(way))
+    wall2 = None
+    if (os.cpu_count() or 1) > 1:
+        with _threads(2):
+            wall2 = case.work / statistics.median(_measure(case.ours).wall for _ in range(rounds))
+    ours = _median(samples["embkit"])
+    rate = case.work / ours.cpu
+    rows = []
+    for peer in case.rivals or (None,):
+        theirs = _median(samples[peer]) if peer else None
+        rows.append(
+            Row(
+                name=case.name,
+                value=rate,
+                unit=case.unit,
+                peer=peer,
+                peer_value=case.work / theirs.cpu if theirs else None,
+                ratio=theirs.cpu / ours.cpu if theirs else None,
+                wall=case.work / ours.wall,
+                wall2=wall2,
+                peak_bytes=ours.peak,
+                peer_peak_bytes=theirs.peak if theirs else None,
+                limit=case.limit[0] if case.limit else None,
+                limit_share=rate / case.limit[1] if case.limit else None,
+                floor=case.floor,
+                goal=case.goal,
+                facts=case.facts,
+                machine=machine(),
+                commit=commit(),
+                versions=versions(),
+            )
+        )
+    return rows
+
+
+def run_group(group: str, *, quick: bool = False) -> Iterator[Row | str]:
+    """Yield the rows of a group as they are measured, and a line for each that cannot run."""
+    if group not in GROUPS:
+        raise UsageError(f"No bench group {group!r}; {nearest(group, GROUPS)}")
+    module = importlib.import_module(f"embkit.bench.{group}")
+    for make in module.CASES:
+        try:
+            case = make(quick)
+        except ImportError as error:
+            yield f"{make.__name__}: not run, {error}"
+            continue
+        for rival, reason in case.skipped.items():
+            yield f"{case.name}: without {rival}, {reason}"
+        yield from run_case(case, rounds=3 if quick else 5)
+
+
+def table(rows: list[Row]) -> str:
+    """The rows as a Markdown table."""
+    head = "| row | embkit | unit | peer | peer's | ratio | of limit | peak |\n|" + "---|" * 8
+    lines = [
+        f"| {r.name} | {r.value:.4g} | {r.unit} | {r.peer or '-'} "
+        f"| {f'{r.peer_value:.4g}' if r.peer_value else '-'} "
+        f"| {f'{r.ratio:.2f}x' if r.ratio else '-'} "
+        f"| {f'{r.limit_share:.0%} of {r.limit}' if r.limit_share else '-'} "
+        f"| {r.peak_bytes / 1e6:.0f} MB |"
+        for r in rows
+    ]
+    return "\n".join([head, *lines])
+
+
+def to_json(rows: list[Row]) -> str:
+    """The rows as JSON, with the fields of docs/benchmarks.md."""
+    return json.dumps([dataclasses.asdict(r) for r in rows], indent=1) + "\n"
+
+
+def machine() -> str:
+    """Processor, cores and memory in words, and the GPU when there is one."""
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        models = [
+            x.split(":", 1)[1].strip()
+            for x in cpuinfo.read_text().splitlines()
+            if "model name" in x
+        ]
+        name = models[0] if models else name
+    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    text = f"{name}, {len(os.sched_getaffinity(0))} cores, {pages / 2**30:.0f} GiB"
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        text += f", {torch.cuda.get_device_name()}"
+    return text
+
+
+def isa() -> str:
+    """The vector extensions that matter here, as the processor reports them."""
+    cpuinfo = Path("/proc/cpuinfo")
+    flags = set(cpuinfo.read_text().split()) if cpuinfo.is_file() else set()
+    known = ("amx_bf16", "avx512_bf16", "avx512f", "avx2", "asimd")
+    return next((name for name in known if name in flags), platform.machine())
+
+
+def commit() -> str:
+    """The commit of this checkout, or the installed version."""
+    from embkit import __version__
+
+    root = Path(__file__).resolve().parents[3]
+    if (root / ".git").exists():
+        done = subprocess.run(
+            ["git", "-C", str(root), "rev-parse", "--short", "HEAD"],
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        if done.returncode == 0:
+            return done.stdout.strip()
+    return __version__
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that a measurement depends on."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {"python": platform.python_version()}
+    for name in ("numpy", "torch", "triton", "transformers", "sentence-transformers"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _median(samples: list[_Sample]) -> _Sample:
+    return _Sample(
+        cpu=max(statistics.median(s.cpu for s in samples), 1e-9),
+        wall=max(statistics.median(s.wall for s in samples), 1e-9),
+        peak=max(s.peak for s in samples),
+    )
+
+
+def _measure(way: Callable[[], Any]) -> _Sample:
+    gc.collect()
+    before = _reset_peak()
+    cpu, wall = time.process_time(), time.perf_counter()
+    result = way()
+    _synchronize()
+    cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
+    peak = _peak() - before
+    del result
+    return _Sample(cpu, wall, max(peak, 0))
+
+
+def _synchronize() -> None:
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _reset_peak() -> int:
+    """Reset the kernel's high-water mark of resident memory where it lets us; return bytes now."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return _peak()
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def _peak() -> int:
+    status = Path("/proc/self/status")
+    if status.is_file():
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM"):
+                return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+@contextmanager
+def _threads(n: int) -> Iterator[None]:
+    """Run with n threads: ours through EMBKIT_THREADS, torch's and BLAS's by their own switches."""
+    from threadpoolctl import threadpool_limits
+
+    torch = sys.modules.get("torch")
+    before = torch.get_num_threads() if torch is not None else None
+    old = os.environ.get("EMBKIT_THREADS")
+    os.environ["EMBKIT_THREADS"] = str(n)
+    if torch is not None:
+        torch.set_num_threads(n)
+    try:
+        with threadpool_limits(n):
+            yield
+    finally:
+        if torch is not None and before is not None:
+            torch.set_num_threads(before)
+        if old is None:
+            del os.environ["EMBKIT_THREADS"]
+        else:
+            os.environ["EMBKIT_THREADS"] = old

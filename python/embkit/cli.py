@@ -1,0 +1,328 @@
+"""The command line: `embkit VERB …`. Thin: each verb parses its words and calls one function.
+
+Exit codes: 0 done, 1 a check failed, 2 usage or recipe, 3 corrupt input, 4 I/O or memory,
+75 preempted after a clean checkpoint, 130 Ctrl-C. The set of verbs and options is frozen by
+tests/meta/test_cli.py.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from embkit.errors import EmbkitError
+
+app = typer.Typer(
+    name="embkit",
+    help="Train text-embedding models: from raw text to an exported, evaluated model.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Out = Annotated[Path, typer.Option("--out", help="Directory to publish.", show_default=False)]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe value; repeatable."),
+]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Forget finished stages and redo them.")]
+Settings = Annotated[
+    str,
+    typer.Option("--recipe", help="Recipe file or built-in name that gives the settings."),
+]
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("--out", help="Run directory.")] = Path("runs/quickstart"),
+    data: Annotated[
+        Path | None, typer.Option("--data", help="A data folder in place of the bundled one.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", help="Start from this model, not from scratch.")
+    ] = None,
+    set_: Set = None,
+    fresh: Fresh = False,
+) -> None:
+    """The main job on bundled data: a laptop needs about six minutes."""
+    overrides = list(set_ or [])
+    if data is not None:
+        overrides.append(f"data.path={json.dumps(str(data))}")
+    if model is not None:
+        overrides.append(f"model.path={json.dumps(model)}")
+    run("quickstart", out=out, set_=overrides, from_=None, fresh=fresh, dry_run=False)
+
+
+@app.command()
+def run(
+    recipe: Annotated[str, typer.Argument(help="Recipe file, or the name of a built-in one.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Run directory (default runs/NAME).")
+    ] = None,
+    set_: Set = None,
+    from_: Annotated[
+        str | None, typer.Option("--from", help="Redo this stage and the ones after it.")
+    ] = None,
+    fresh: Fresh = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the stages and sizes; do nothing.")
+    ] = False,
+) -> None:
+    """All stages of a recipe; finished ones are skipped, a killed one resumes."""
+    from embkit import pipeline
+    from embkit import recipe as recipes
+
+    loaded = recipes.load(recipe, overrides=set_ or ())
+    target = out or Path("runs") / loaded.name
+    if dry_run:
+        print(pipeline.describe(loaded, out=target))
+        return
+    pipeline.run(loaded, out=target, from_stage=from_, fresh=fresh)
+
+
+@app.command()
+def explain(
+    recipe: Annotated[str, typer.Argument(help="Recipe file, or the name of a built-in one.")],
+    set_: Set = None,
+) -> None:
+    """The resolved recipe with the origin of each value, and who is a negative of whom."""
+    from embkit import pipeline
+
+    print(pipeline.explain(recipe, overrides=set_ or ()))
+
+
+@app.command()
+def dedup(
+    sources: Annotated[list[str], typer.Argument(help="Record files (jsonl, .zst, parquet).")],
+    out: Out,
+    against: Annotated[
+        list[Path] | None, typer.Option("--against", help="Evaluation folder; repeatable.")
+    ] = None,
+    settings: Settings = "quickstart",
+    set_: Set = None,
+) -> None:
+    """Remove near-duplicates, and training rows that leak into evaluation sets."""
+    import dataclasses
+
+    from embkit import data
+
+    chosen = _settings(settings, set_)
+    records = data.read(sources, max_rejected=chosen.data.max_rejected)
+    data.dedup(records, out=out, against=against or [], **dataclasses.asdict(chosen.dedup))
+    _done(out)
+
+
+@app.command()
+def tokenize(
+    records: Annotated[list[str], typer.Argument(help="A dedup output, or record files.")],
+    out: Out,
+    settings: Settings = "quickstart",
+    set_: Set = None,
+) -> None:
+    """Turn records into a store of token shards and example tables."""
+    from embkit import data, pipeline
+
+    chosen = _settings(settings, set_)
+    finished = len(records) == 1 and (Path(records[0]) / "manifest.json").is_file()
+    source = Path(records[0]) if finished else data.read(records)
+    data.tokenize(source, out=out, **pipeline.tokenizer_options(chosen))
+    _done(out)
+
+
+@app.command()
+def prefinetune(
+    store: Annotated[Path, typer.Argument(help="A store that `embkit tokenize` wrote.")],
+    out: Out,
+    model: Annotated[str | None, typer.Option("--model", help="Model to start from.")] = None,
+    settings: Settings = "quickstart",
+    set_: Set = None,
+) -> None:
+    """Train on in-batch negatives."""
+    from embkit import pipeline, train
+    from embkit.data import Store
+
+    chosen = _settings(settings, set_)
+    opened = Store(store)
+    encoder = pipeline.start_encoder(chosen, opened, model=model)
+    train.prefinetune(encoder, opened, out=out, config=chosen.prefinetune)
+    _done(out)
+
+
+@app.command()
+def mine(
+    model: Annotated[Path, typer.Argument(help="A model directory or training run.")],
+    store: Annotated[Path, typer.Argument(help="A store that `embkit tokenize` wrote.")],
+    out: Out,
+    settings: Settings = "quickstart",
+    set_: Set = None,
+    explain_: Annotated[
+        int | None, typer.Option("--explain", help="Show one query's candidates, by row number.")
+    ] = None,
+) -> None:
+    """Find hard negatives with a model: exact search, then rules that are counted."""
+    from embkit import pipeline
+    from embkit.data import Store
+    from embkit.mine import explain as explain_query
+    from embkit.mine import mine as mine_negatives
+    from embkit.model import Encoder
+
+    if explain_ is not None and (out / "manifest.json").is_file():
+        print(explain_query(out, explain_))
+        return
+    chosen = _settings(settings, set_)
+    encoder = Encoder.from_pretrained(pipeline.model_dir(model))
+    mine_negatives(encoder, Store(store), out=out, **pipeline.mine_options(chosen))
+    if explain_ is not None:
+        print(explain_query(out, explain_))
+    _done(out)
+
+
+@app.command()
+def finetune(
+    model: Annotated[Path, typer.Argument(help="The model directory or run to start from.")],
+    store: Annotated[Path, typer.Argument(help="A store that `embkit tokenize` wrote.")],
+    out: Out,
+    negatives: Annotated[
+        Path | None, typer.Option("--negatives", help="What `embkit mine` wrote.")
+    ] = None,
+    settings: Settings = "quickstart",
+    set_: Set = None,
+) -> None:
+    """Train on single-task batches, with mined hard negatives when given."""
+    from embkit import pipeline, train
+    from embkit.data import Store
+    from embkit.model import Encoder
+
+    chosen = _settings(settings, set_)
+    encoder = Encoder.from_pretrained(pipeline.model_dir(model))
+    train.finetune(encoder, Store(store), negatives=negatives, out=out, config=chosen.finetune)
+    _done(out)
+
+
+@app.command()
+def soup(
+    runs: Annotated[list[Path], typer.Argument(help="Training runs or model directories.")],
+    out: Out,
+    on: Annotated[Path | None, typer.Option("--on", help="Dev sets that judge a soup.")] = None,
+    select: Annotated[str, typer.Option("--select", help="greedy or uniform.")] = "greedy",
+) -> None:
+    """Average the weights of several runs."""
+    from embkit.soup import soup as make_soup
+
+    make_soup(runs, out=out, select=select, on=on)
+    _done(out)
+
+
+@app.command()
+def evaluate(
+    model: Annotated[Path, typer.Argument(help="A model directory or training run.")],
+    on: Annotated[Path, typer.Argument(help="Folder of evaluation sets.")],
+    out: Annotated[Path | None, typer.Option("--out", help="Directory to publish.")] = None,
+) -> None:
+    """Score every MRL width from one encode of each text."""
+    from embkit import pipeline
+    from embkit.evaluate import evaluate as score
+    from embkit.model import Encoder
+
+    result = score(Encoder.from_pretrained(pipeline.model_dir(model)), on, out=out)
+    print(json.dumps(result, indent=1))
+
+
+@app.command()
+def export(
+    model: Annotated[Path, typer.Argument(help="A model directory or training run.")],
+    out: Out,
+) -> None:
+    """Write the sentence-transformers layout, and check it when that library is there."""
+    from embkit import pipeline
+    from embkit.model import Encoder, check_export
+
+    encoder = Encoder.from_pretrained(pipeline.model_dir(model))
+    encoder.export(out)
+    difference = check_export(encoder, out, ["a first text", "and a second, somewhat longer one"])
+    if difference is not None:
+        print(f"  reloaded with sentence-transformers: max |difference| {difference:.1e}")
+    _done(out)
+
+
+@app.command()
+def inspect(
+    path: Annotated[Path, typer.Argument(help="Any file or directory that embkit wrote.")],
+) -> None:
+    """What a file or directory holds."""
+    from embkit import inspection
+
+    print(inspection.describe(path))
+
+
+@app.command()
+def verify(
+    path: Annotated[Path, typer.Argument(help="Any file or directory that embkit wrote.")],
+) -> None:
+    """Check every checksum; exit code 3 names the first damaged file."""
+    from embkit import inspection
+
+    files, size = inspection.verify(path)
+    print(f"{path}: {files} files, {size:,} bytes, all checksums match")
+
+
+@app.command()
+def bench(
+    group: Annotated[str, typer.Argument(help="store, dedup, mine, kernels, train or soup.")],
+    json_: Annotated[
+        Path | None, typer.Option("--json", help="Write the rows to this file too.")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Small sizes, few rounds.")] = False,
+) -> None:
+    """Measure beside rivals, results asserted equal first."""
+    from embkit import bench as harness
+
+    rows: list[Any] = []
+    for row in harness.run_group(group, quick=quick):
+        if isinstance(row, str):
+            print(row, flush=True)
+        else:
+            rows.append(row)
+            print(f"{row.name}: {row.value:.4g} {row.unit}", flush=True)
+    print(harness.table(rows))
+    if json_ is not None:
+        json_.parent.mkdir(parents=True, exist_ok=True)
+        json_.write_text(harness.to_json(rows))
+
+
+def _settings(recipe: str, overrides: list[str] | None) -> Any:
+    from embkit import recipe as recipes
+
+    return recipes.load(recipe, overrides=overrides or ())
+
+
+def _done(out: Path) -> None:
+    print(f"  wrote {out}")
+
+
+def main() -> None:
+    """Run the command line and turn errors into one screen of text and an exit code."""
+    try:
+        app()
+    except EmbkitError as error:
+        _fail(error, error.exit_code)
+    except KeyboardInterrupt:
+        _fail("interrupted; the same command goes on where it stopped", 130)
+    except MemoryError:
+        _fail("out of memory\n  fix:   lower token_budget or batch_size", 4)
+    except OSError as error:
+        where = f"\n  where: {error.filename}" if error.filename else ""
+        _fail(f"{error.strerror or error}{where}", 4)
+
+
+def _fail(what: object, code: int) -> None:
+    if os.environ.get("EMBKIT_TRACEBACK"):
+        raise
+    print(f"error: {what}", file=sys.stderr)
+    sys.exit(code)

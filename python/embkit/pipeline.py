@@ -1,0 +1,425 @@
+"""`embkit run`: the stages of a recipe in order, each a directory of the run; tables and report.
+
+Nothing here computes: every stage is a public function that anybody can call alone. A finished
+stage is skipped by its digest, so a run that was killed goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from embkit import recipe as recipes
+from embkit.errors import CorruptError, UsageError, nearest
+from embkit.recipe import Recipe
+
+if TYPE_CHECKING:
+    from embkit.data import Store
+    from embkit.model import Encoder
+
+STAGES = (
+    "read",
+    "dedup",
+    "tokenize",
+    "prefinetune",
+    "mine",
+    "finetune",
+    "soup",
+    "evaluate",
+    "export",
+)
+# What each stage publishes in the run directory; scores/ also serves the soup's choice on dev.
+_OUTPUTS = {
+    "read": ("records",),
+    "dedup": ("clean",),
+    "tokenize": ("store",),
+    "prefinetune": ("init", "pre"),
+    "mine": ("mined",),
+    "finetune": ("ft-*",),
+    "soup": ("soup", "uniform"),
+    "evaluate": ("scores",),
+    "export": ("model",),
+}
+_MAIN = {"retrieval": "ndcg@10", "sts": "spearman", "classification": "accuracy"}
+
+
+def run(
+    recipe: Recipe | Path | str,
+    *,
+    out: Path | str,
+    from_stage: str | None = None,
+    fresh: bool = False,
+) -> dict[str, Any]:
+    """Run every stage of a recipe.
+
+    Args:
+        recipe: a recipe, its file, or the name of a built-in one.
+        out: the run directory; everything is inside it.
+        from_stage: redo this stage and the ones after it.
+        fresh: redo everything.
+
+    Returns:
+        What ``result.json`` holds: scores of every model and width on dev and test, the soup's
+        ingredients, the export check.
+
+    Raises:
+        UsageError: a wrong recipe, stage name or data folder. CorruptError: damaged input.
+    """
+    if not isinstance(recipe, Recipe):
+        recipe = recipes.load(recipe)
+    out = Path(out)
+    data = data_folder(recipe)
+    _clear(out, STAGES[0] if fresh else from_stage)
+    out.mkdir(parents=True, exist_ok=True)
+    recipes.save(recipe, out / "recipe.toml")
+    return _Run(recipe, data, out).all()
+
+
+class _Run:
+    """One run: keeps what later stages need from earlier ones."""
+
+    def __init__(self, recipe: Recipe, data: Path, out: Path) -> None:
+        self.recipe, self.data, self.out = recipe, data, out
+        self.seconds = _read_json(out / "seconds.json")
+        self.current: tuple[str, float] | None = None
+
+    def all(self) -> dict[str, Any]:
+        from embkit.model import Encoder, check_export
+
+        out, recipe = self.out, self.recipe
+        store = self._prepare()
+
+        self._stage("prefinetune", "in-batch negatives")
+        from embkit.train import finetune, prefinetune
+
+        start = self._start(store)
+        pre = prefinetune(start, store, out=out / "pre", config=recipe.prefinetune)
+
+        self._stage("mine", "hard negatives, with the model of the stage before")
+        from embkit.mine import mine
+
+        mined = mine(pre, store, out=out / "mined", **mine_options(recipe))
+
+        self._stage("finetune", f"{len(recipe.runs)} runs on single-task batches")
+        tuned = []
+        for i in range(len(recipe.runs)):
+            config = recipe.run_config(i)
+            finetune(pre, store, negatives=mined, out=out / f"ft-{i}", config=config)
+            tuned.append(out / f"ft-{i}")
+
+        self._stage("soup", "uniform and greedy, judged on dev")
+        from embkit.soup import soup
+
+        dev = self.data / "dev"
+        soups = {
+            "uniform": soup(tuned, out=out / "uniform", select="uniform", on=dev),
+            "greedy": soup(tuned, out=out / "soup", select="greedy", on=dev),
+        }
+
+        self._stage("evaluate", "every width from one encode")
+        models = {"untrained": start, "pre-finetuned": pre}
+        models |= {f"fine-tuned {i}": Encoder.from_pretrained(p) for i, p in enumerate(tuned)}
+        models |= {f"soup, {name}": encoder for name, encoder in soups.items()}
+        result = self._scores(models)
+
+        self._stage("export", "sentence-transformers layout")
+        chosen = soups[recipe.soup.select]
+        export(chosen, out / "model")
+        result["export"] = {
+            "max_abs_difference": check_export(chosen, out / "model", _sample_texts(self.data)),
+            "limit": 2e-6,
+        }
+        self._finish(result)
+        return result
+
+    def _prepare(self) -> Store:
+        from embkit import data
+
+        recipe, out = self.recipe, self.out
+        self._stage("read", f"records of {self.data}")
+        files = training_files(self.data)
+        records = data.read(files, max_rejected=recipe.data.max_rejected).save(out / "records")
+
+        self._stage("dedup", "near-duplicates, and rows that leak into dev or test")
+        against = [self.data / "dev", self.data / "test"]
+        clean = data.dedup(records, out=out / "clean", against=against, **dedup_options(recipe))
+
+        self._stage("tokenize", "texts to token shards")
+        return data.tokenize(clean, out=out / "store", **tokenizer_options(recipe))
+
+    def _start(self, store: Store) -> Encoder:
+        """The encoder before any training, kept as a model directory of its own."""
+        from embkit.model import Encoder
+        from embkit.stage import stage
+
+        params = {"model": recipes.to_table(self.recipe)["model"]}
+        inputs = [store.path]
+        with stage(self.out / "init", name="init", params=params, inputs=inputs) as work:
+            if not work.done:
+                start_encoder(self.recipe, store).export(work.dir / "model")
+                work.publish()
+        return Encoder.from_pretrained(self.out / "init" / "model")
+
+    def _scores(self, models: Mapping[str, Encoder]) -> dict[str, Any]:
+        from embkit.evaluate import evaluate
+
+        scores: dict[str, Any] = {}
+        for split in ("dev", "test"):
+            scores[split] = {}
+            for i, (name, encoder) in enumerate(models.items()):
+                target = (
+                    self.out / "scores" / f"{split}-{name.replace(', ', '-').replace(' ', '-')}"
+                )
+                bm25 = self.recipe.evaluate.bm25 and i == 0
+                found = evaluate(encoder, self.data / split, out=target, bm25=bm25)
+                scores[split][name] = found
+        return {
+            "recipe": self.recipe.name,
+            "dims": list(models["pre-finetuned"].dims),
+            "scores": scores,
+            "soup": {
+                name: _read_json(self.out / folder / "report.json")
+                for name, folder in (("uniform", "uniform"), ("greedy", "soup"))
+            },
+            "dedup": _read_json(self.out / "clean" / "report.json"),
+            "mine": _read_json(self.out / "mined" / "report.json"),
+        }
+
+    def _stage(self, name: str, about: str) -> None:
+        self._close_stage()
+        self.current = (name, time.monotonic())
+        print(f"[{STAGES.index(name) + 1}/{len(STAGES)}] {name}: {about}", flush=True)
+
+    def _close_stage(self) -> None:
+        if self.current is None:
+            return
+        name, started = self.current
+        taken = time.monotonic() - started
+        # A skipped stage takes no time: keep what it took when it ran.
+        self.seconds[name] = round(max(taken, float(self.seconds.get(name, 0.0))), 2)
+        self.current = None
+
+    def _finish(self, result: dict[str, Any]) -> None:
+        from embkit import _rust
+        from embkit.report import table, write_report
+
+        self._close_stage()
+        _publish_json(self.out / "result.json", result)
+        _publish_json(self.out / "seconds.json", self.seconds)
+        logs = {p.parent.name: p for p in sorted(self.out.glob("*/log.jsonl"))}
+        settings = (self.out / "recipe.toml").read_text()
+        page = write_report(result, logs=logs, settings=settings, seconds=self.seconds)
+        _rust.publish_file(str(self.out / "report.html"), page.encode())
+        print()
+        print(table(result))
+        difference = result["export"]["max_abs_difference"]
+        print()
+        if difference is None:
+            print("export: not reloaded (pip install 'embkit[st]' to check it)")
+        else:
+            print(
+                f"export: sentence-transformers gives the same, max |difference| {difference:.1e}"
+            )
+            if difference > result["export"]["limit"]:
+                raise CorruptError(
+                    "The exported model differs from the encoder.",
+                    where=self.out / "model",
+                    fix="please report it with result.json",
+                )
+        kept = result["soup"]["greedy"].get("kept", [])
+        print(f"greedy soup: kept {len(kept)} of {len(self.recipe.runs)} runs")
+        print(f"report: {self.out / 'report.html'}")
+        print("\nUse the model:\n")
+        print("  from sentence_transformers import SentenceTransformer")
+        print(f"  model = SentenceTransformer({str(self.out / 'model')!r})")
+        print('  model.similarity(model.encode(["text editor"]), model.encode(["edits files"]))')
+
+
+def data_folder(recipe: Recipe) -> Path:
+    """The data folder of a recipe: its own, or the bundled demo data.
+
+    Raises:
+        UsageError: a folder without train, dev or test.
+    """
+    bundled = Path(__file__).parent / "demo" / "data"
+    folder = Path(recipe.data.path) if recipe.data.path else bundled
+    if not folder.is_dir():
+        raise FileNotFoundError(2, "No such data folder", str(folder))
+    for part in ("train", "dev", "test"):
+        if not (folder / part).is_dir():
+            raise UsageError(
+                f"The data folder has no {part}/.",
+                where=folder,
+                fix="lay it out as docs/quickstart.md shows: train/, dev/ and test/",
+            )
+    return folder
+
+
+def training_files(folder: Path) -> list[str]:
+    """The record files of a data folder's train/, by name."""
+    files = sorted(
+        str(p) for p in (folder / "train").iterdir() if p.is_file() and not p.name.startswith(".")
+    )
+    if not files:
+        raise UsageError(
+            "There is no training file.",
+            where=folder / "train",
+            fix="put one file per task there: .jsonl, .jsonl.zst, .jsonl.gz or .parquet",
+        )
+    return files
+
+
+def dedup_options(recipe: Recipe) -> dict[str, Any]:
+    """Keyword arguments of :func:`embkit.data.dedup`."""
+    return dict(recipes.to_table(recipe)["dedup"])
+
+
+def tokenizer_options(recipe: Recipe) -> dict[str, Any]:
+    """Keyword arguments of :func:`embkit.data.tokenize`."""
+    t = recipe.tokenizer
+    return {
+        "tokenizer": t.path or recipe.model.path,
+        "vocab_size": t.vocab_size,
+        "max_length_query": t.max_length_query,
+        "max_length_passage": t.max_length_passage,
+        "prompts": {"query": t.prompt_query, "passage": t.prompt_passage},
+    }
+
+
+def mine_options(recipe: Recipe) -> dict[str, Any]:
+    """Keyword arguments of :func:`embkit.mine.mine`."""
+    return dict(recipes.to_table(recipe)["mine"])
+
+
+def start_encoder(recipe: Recipe, store: Store, *, model: str | None = None) -> Encoder:
+    """The encoder that training starts from: ``model``, the recipe's path, or a new small BERT."""
+    from embkit.model import Encoder
+
+    t = recipe.tokenizer
+    sides: dict[str, Any] = {
+        "max_length": {"query": t.max_length_query, "passage": t.max_length_passage},
+        "prompts": {"query": t.prompt_query, "passage": t.prompt_passage},
+    }
+    path = model or recipe.model.path
+    if path is None:
+        return Encoder.from_config(recipe.model, store.path / "tokenizer", **sides)
+    return Encoder.from_pretrained(
+        path, dims=recipe.model.dims, pooling=recipe.model.pooling, **sides
+    )
+
+
+def model_dir(path: Path) -> Path:
+    """The model of a training run, soup or model directory."""
+    return path / "model" if (path / "model" / "config.json").is_file() else path
+
+
+def export(encoder: Encoder, path: Path) -> Path:
+    """Export over an older export of the same run."""
+    return encoder.export(path)
+
+
+def describe(recipe: Recipe, *, out: Path) -> str:
+    """The stages with what is there already and their sizes, for ``--dry-run``."""
+    data = data_folder(recipe)
+    size = sum(p.stat().st_size for p in data.rglob("*") if p.is_file())
+    m, t = recipe.model, recipe.tokenizer
+    lines = [f"recipe {recipe.name}, data {data} ({size / 1e6:.1f} MB), run directory {out}"]
+    parameters = None
+    if m.path is None:
+        body = m.layers * (4 * m.hidden**2 + 2 * m.hidden * m.intermediate) + m.hidden * max(m.dims)
+        parameters = body + t.vocab_size * m.hidden
+        lines.append(f"model: BERT, about {parameters / 1e6:.1f} M parameters")
+        rate = _measured_flops()
+        for name, config, times in (
+            ("prefinetune", recipe.prefinetune, 1),
+            ("finetune", recipe.finetune, len(recipe.runs)),
+        ):
+            tokens = config.batch_size * (t.max_length_query + t.max_length_passage)
+            flops = 6 * body * tokens * config.steps
+            states = 4 * (4 * parameters + tokens * m.hidden * (14 * m.layers + 4))
+            lines.append(
+                f"{name}: {times} x {config.steps} steps of {config.batch_size} rows, at most "
+                f"{times * flops / rate:.0f} s of arithmetic here, {states / 2**30:.1f} GiB"
+            )
+    for name in STAGES:
+        there = any(any(out.glob(pattern)) for pattern in _OUTPUTS[name])
+        lines.append(
+            f"  {name:<12} {', '.join(_OUTPUTS[name]):<16} {'there' if there else 'to do'}"
+        )
+    return "\n".join(lines)
+
+
+def explain(source: Path | str, *, overrides: Sequence[str] = ()) -> str:
+    """The resolved recipe with the origin of each value, and who is a negative of whom."""
+    from embkit.losses import explain as candidates
+
+    file = recipes.read_table(source)
+    table: dict[str, Any] = {}
+    for item in overrides:
+        recipes.apply_override(table, item)
+    resolved = recipes.load(source, overrides=overrides)
+    lines = []
+    for section, value in recipes.to_table(resolved).items():
+        if not isinstance(value, dict):
+            lines.append(f"{section} = {json.dumps(value)}  # {_origin((section,), table, file)}")
+            continue
+        lines.append(f"[{section}]")
+        for key, item in value.items():
+            origin = _origin((section, key), table, file)
+            lines.append(f"{key} = {json.dumps(item)}  # {origin}")
+    return "\n".join([*lines, "", "Who is a negative of whom:", candidates(resolved.finetune)])
+
+
+def _origin(keys: tuple[str, ...], overrides: Mapping[str, Any], file: Mapping[str, Any]) -> str:
+    for table, name in ((overrides, "--set"), (file, "recipe")):
+        at: Any = table
+        for key in keys:
+            at = at.get(key) if isinstance(at, Mapping) else None
+        if at is not None:
+            return name
+    return "default"
+
+
+def _measured_flops() -> float:
+    """float32 matrix-product rate of this machine, FLOP/s, in a fraction of a second."""
+    import torch
+
+    a = torch.randn(1024, 1024)
+    a @ a
+    started = time.perf_counter()
+    for _ in range(5):
+        a @ a
+    return 5 * 2 * 1024**3 / (time.perf_counter() - started)
+
+
+def _clear(out: Path, from_stage: str | None) -> None:
+    """Remove the outputs of a stage and of all after it."""
+    if from_stage is None:
+        return
+    if from_stage not in STAGES:
+        raise UsageError(f"There is no stage {from_stage!r}; {nearest(from_stage, STAGES)}")
+    for name in reversed(STAGES[STAGES.index(from_stage) :]):
+        for pattern in _OUTPUTS[name]:
+            for path in [*out.glob(pattern), *out.glob(f".partial-{pattern}-*")]:
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path)
+
+
+def _sample_texts(data: Path) -> list[str]:
+    from embkit.evaluate import sample_texts
+
+    return sample_texts(data / "test", 64)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return dict(json.loads(path.read_text())) if path.is_file() else {}
+
+
+def _publish_json(path: Path, content: Mapping[str, Any]) -> None:
+    from embkit import _rust
+
+    _rust.publish_file(str(path), (json.dumps(content, indent=1) + "\n").encode())

@@ -1,0 +1,95 @@
+"""The command line is frozen: a new verb or option is a decision, made here and in the docs."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import typer.main
+
+from embkit.cli import app
+
+# verb -> its options and arguments
+FROZEN = {
+    "demo": {"--out", "--data", "--model", "--set", "--fresh"},
+    "run": {"recipe", "--out", "--set", "--from", "--fresh", "--dry-run"},
+    "explain": {"recipe", "--set"},
+    "dedup": {"sources", "--out", "--against", "--recipe", "--set"},
+    "tokenize": {"records", "--out", "--recipe", "--set"},
+    "prefinetune": {"store", "--out", "--model", "--recipe", "--set"},
+    "mine": {"model", "store", "--out", "--recipe", "--set", "--explain"},
+    "finetune": {"model", "store", "--out", "--negatives", "--recipe", "--set"},
+    "soup": {"runs", "--out", "--on", "--select"},
+    "evaluate": {"model", "on", "--out"},
+    "export": {"model", "--out"},
+    "inspect": {"path"},
+    "verify": {"path"},
+    "bench": {"group", "--json", "--quick"},
+}
+
+
+def test_verbs_and_options_are_the_frozen_ones() -> None:
+    group = typer.main.get_command(app)
+    found = {
+        name: {
+            option
+            for parameter in command.params
+            for option in (
+                parameter.opts if parameter.opts[0].startswith("-") else [parameter.name]
+            )
+        }
+        for name, command in group.commands.items()  # type: ignore[attr-defined]
+    }
+    assert found == FROZEN
+
+
+def embkit(*words: str, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "embkit", *words],
+        capture_output=True, text=True, timeout=120, env={**os.environ, "TERM": "dumb", **env},
+        check=False,
+    )  # fmt: skip
+
+
+def test_help_names_every_verb_and_exits_0() -> None:
+    done = embkit("--help")
+    assert done.returncode == 0
+    assert all(verb in done.stdout for verb in FROZEN)
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "says"),
+    [
+        (["run", "quickstrat"], 4, "quickstart"),
+        (["run", "quickstart", "--set", "finetune.lrr=1"], 2, "did you mean 'lr'"),
+        (["run", "quickstart", "--set", "finetune.lr=fast"], 2, "Expected float"),
+        (["run", "quickstart", "--set", "dedup.threshold=1.5"], 2, "out of range"),
+        (["run", "quickstart", "--set", "nonsense"], 2, "KEY=VALUE"),
+        (["run", "quickstart", "--from", "minee", "--out", "{tmp}/x"], 2, "did you mean 'mine'"),
+        (["run", "quickstart", "--set", "data.path=/no/such", "--out", "{tmp}/x"], 4, "/no/such"),
+        (["inspect", "/no/such/path"], 4, "/no/such/path"),
+        (["verify", "/no/such/path"], 4, "/no/such/path"),
+        (["bench", "kernel"], 2, "did you mean 'kernels'"),
+        (["frobnicate"], 2, "frobnicate"),
+    ],
+)
+def test_wrong_words_give_one_screen_and_the_documented_code(
+    words: list[str], code: int, says: str, tmp_path: object
+) -> None:
+    done = embkit(*(w.replace("{tmp}", str(tmp_path)) for w in words))
+    assert done.returncode == code, done.stderr
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.splitlines()) <= 20
+
+
+def test_explain_names_the_origin_of_each_value() -> None:
+    done = embkit("explain", "quickstart", "--set", "finetune.lr=0.125")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert any(line.startswith("lr = 0.125") and line.endswith("# --set") for line in lines)
+    assert any(line.endswith("# default") for line in lines)
+    assert any(line.endswith("# recipe") for line in lines)
+    assert "negative" in done.stdout.split("Who is a negative of whom:")[1]

@@ -1,0 +1,112 @@
+"""P19: the wheel and the sdist hold exactly the tracked kernels, install in clean venvs, import."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tarfile
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parents[2]
+MAX_WHEEL = 10 << 20
+
+
+def tracked(folder: str, *suffixes: str) -> set[str]:
+    listed = subprocess.run(
+        ["git", "-C", str(REPO), "ls-files", folder], capture_output=True, text=True, check=True
+    )
+    return {
+        str(Path(line).relative_to(folder))
+        for line in listed.stdout.splitlines()
+        if line.endswith(suffixes)
+    }
+
+
+@pytest.fixture(scope="module")
+def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Wheel and sdist of this checkout. The release build is reused from target/."""
+    out = tmp_path_factory.mktemp("dist")
+    maturin = Path(sys.executable).with_name("maturin")
+    if not maturin.is_file():
+        pytest.skip("maturin is not in this environment: `make build` installs it")
+    subprocess.run(
+        [str(maturin), "build", "--release", "--sdist", "--quiet", "--out", str(out)],
+        cwd=REPO, check=True, timeout=900, env={**os.environ, "CARGO_TERM_COLOR": "never"},
+    )  # fmt: skip
+    return out
+
+
+def only(dist: Path, pattern: str) -> Path:
+    found = list(dist.glob(pattern))
+    assert len(found) == 1, found
+    return found[0]
+
+
+@pytest.mark.timeout(1200)
+def test_wheel_holds_the_tracked_kernels_recipes_and_demo_data(dist: Path) -> None:
+    wheel = only(dist, "*.whl")
+    assert "cp311-abi3" in wheel.name
+    assert wheel.stat().st_size < MAX_WHEEL
+    names = set(zipfile.ZipFile(wheel).namelist())
+
+    def under(prefix: str) -> set[str]:
+        return {n.removeprefix(prefix) for n in names if n.startswith(prefix) and n != prefix}
+
+    assert under("embkit/kernels/") == tracked("kernels/embkit_kernels", ".py", ".json")
+    assert under("embkit/demo/") == tracked("python/embkit/demo", "")
+    assert under("embkit/recipes/") == tracked("python/embkit/recipes", "")
+    assert {"embkit/py.typed", "embkit/_rust.pyi"} <= names
+
+
+@pytest.mark.timeout(1200)
+def test_sdist_holds_the_tracked_kernels_and_every_crate(dist: Path) -> None:
+    with tarfile.open(only(dist, "*.tar.gz")) as archive:
+        members = {m.name.split("/", 1)[1] for m in archive.getmembers() if m.isfile()}
+    prefix = "python/embkit/kernels/"
+    found = {n.removeprefix(prefix) for n in members if n.startswith(prefix)}
+    assert found == tracked("kernels/embkit_kernels", ".py", ".json")
+    assert {"Cargo.lock", "pyproject.toml", "LICENSE"} <= members
+    for crate in ("core", "store", "dedup", "ann", "py"):
+        assert any(n.startswith(f"rust/embkit-{crate}/src/") for n in members), crate
+
+
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("pattern", ["*.whl", "*.tar.gz"])
+def test_both_install_in_a_clean_venv_and_import(dist: Path, tmp_path: Path, pattern: str) -> None:
+    """Dependencies come from this environment by a path file: what is tested is our package."""
+    home = tmp_path / "venv"
+    venv.create(home, with_pip=True)
+    python = home / "bin" / "python"
+    subprocess.run(
+        [
+            str(python), "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation"
+            if pattern == "*.whl" else "--disable-pip-version-check", str(only(dist, pattern)),
+        ],
+        check=True, timeout=900, cwd=tmp_path, env={**os.environ, "CARGO_TARGET_DIR": str(REPO / "target")},
+    )  # fmt: skip
+    purelib = subprocess.run(
+        [str(python), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
+        capture_output=True, text=True, check=True,
+    ).stdout.strip()  # fmt: skip
+    here = next(p for p in sys.path if p.endswith("site-packages"))
+    # Ours first: this environment may hold an editable embkit.
+    Path(purelib, "dependencies.pth").write_text(f"import sys; sys.path.append({here!r})\n")
+    code = (
+        "import embkit, embkit._rust, embkit.kernels, embkit.data, embkit.recipe, pathlib\n"
+        f"assert str({str(home)!r}) in embkit.__file__, embkit.__file__\n"
+        "assert embkit._rust.crc32c(b'123456789') == 0xE3069283\n"
+        "assert embkit.recipe.load('quickstart').name == 'quickstart'\n"
+        "demo = pathlib.Path(embkit.__file__).parent / 'demo' / 'data'\n"
+        "assert (demo / 'train' / 'retrieval.jsonl.zst').is_file()\n"
+    )
+    subprocess.run([str(python), "-c", code], check=True, timeout=120, cwd=tmp_path)
+    done = subprocess.run(
+        [str(home / "bin" / "embkit"), "--help"], capture_output=True, text=True, check=True,
+        cwd=tmp_path, timeout=120,
+    )  # fmt: skip
+    assert "demo" in done.stdout

@@ -82,13 +82,9 @@ def test_both_install_in_a_clean_venv_and_import(dist: Path, tmp_path: Path, pat
     home = tmp_path / "venv"
     venv.create(home, with_pip=True)
     python = home / "bin" / "python"
-    subprocess.run(
-        [
-            str(python), "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation"
-            if pattern == "*.whl" else "--disable-pip-version-check", str(only(dist, pattern)),
-        ],
-        check=True, timeout=900, cwd=tmp_path, env={**os.environ, "CARGO_TARGET_DIR": str(REPO / "target")},
-    )  # fmt: skip
+    env = {**os.environ, "CARGO_TARGET_DIR": str(REPO / "target"), "PIP_QUIET": "1"}
+    install = [str(python), "-m", "pip", "install", "--no-deps", str(only(dist, pattern))]
+    subprocess.run(install, check=True, timeout=900, cwd=tmp_path, env=env)
     purelib = subprocess.run(
         [str(python), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
         capture_output=True, text=True, check=True,

@@ -1,0 +1,12 @@
+"""From raw records to a token store: read, dedup, tokenize, load. Needs no torch."""
+
+from __future__ import annotations
+
+from embkit.data.dedup import dedup
+from embkit.data.export import to_datasets
+from embkit.data.loader import Store
+from embkit.data.records import Records, read
+from embkit.data.tables import Examples, Texts
+from embkit.data.tokenize import tokenize
+
+__all__ = ["Examples", "Records", "Store", "Texts", "dedup", "read", "to_datasets", "tokenize"]

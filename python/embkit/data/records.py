@@ -1,0 +1,272 @@
+"""Records: validated text examples, read lazily from sources and saved as a directory.
+
+``read`` only describes; ``Records.save`` parses (in Rust), rejects bad rows with a report, and
+publishes distinct texts plus one examples table per task.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from embkit import _rust, container
+from embkit.data import sources as src
+from embkit.data.tables import Examples, Texts, concatenate, from_builder
+from embkit.errors import CorruptError, UsageError
+from embkit.progress import bar
+from embkit.stage import stage
+
+KIND = "embkit.records"
+_COLUMNS_HINT = (
+    "query + positive (retrieval), sentence1 + sentence2 + score (sts) or text + label "
+    "(classification); docs/formats.md lists the other names"
+)
+
+
+@dataclass(frozen=True)
+class Records:
+    """Records on disk, or a description of what to read. Made by :func:`read` or :meth:`open`.
+
+    Attributes:
+        sources: what is read; empty when the records are already a directory.
+        max_rejected: share of bad rows above which a source is refused.
+        path: the records directory, None before :meth:`save`.
+    """
+
+    sources: tuple[src.Source, ...] = ()
+    max_rejected: float = 0.01
+    path: Path | None = None
+
+    @classmethod
+    def open(cls, directory: Path | str) -> Records:
+        """Records that a stage has written.
+
+        Raises:
+            CorruptError: not a records directory, or damaged.
+        """
+        directory = Path(directory)
+        container.read_manifest(directory, kind=KIND)
+        return cls(path=directory)
+
+    @cached_property
+    def manifest(self) -> dict[str, Any]:
+        """The manifest: tasks, sources, counts."""
+        return container.read_manifest(self.dir, kind=KIND)
+
+    @property
+    def dir(self) -> Path:
+        """The directory.
+
+        Raises:
+            UsageError: the records are not saved yet.
+        """
+        if self.path is None:
+            raise UsageError("These records are not saved yet.", fix="records.save('records/')")
+        return self.path
+
+    def __fspath__(self) -> str:
+        return str(self.dir)
+
+    @cached_property
+    def texts(self) -> Texts:
+        """The distinct texts."""
+        return Texts.load(self.dir)
+
+    def tasks(self) -> dict[str, Examples]:
+        """The examples of every task."""
+        n = len(self.texts)
+        return {t["name"]: Examples.load(self.dir, t, rows=n) for t in self.manifest["tasks"]}
+
+    @cached_property
+    def report(self) -> dict[str, Any]:
+        """What was read, kept and rejected."""
+        return json.loads((self.dir / "report.json").read_text(encoding="utf-8"))
+
+    def save(self, out: Path | str, *, fresh: bool = False) -> Records:
+        """Parse, validate and publish; free when it is already there.
+
+        Args:
+            out: the records directory.
+            fresh: parse again even when it is there.
+
+        Raises:
+            CorruptError: an empty source, wrong columns, too many rejected rows, a broken file.
+            FileNotFoundError: a source has gone.
+        """
+        if self.path is not None:
+            raise UsageError("These records are already saved.", where=self.path)
+        memory = [s for s in self.sources if s.form == "memory"]
+        params: dict[str, Any] = {
+            "sources": src.describe(self.sources),
+            "max_rejected": self.max_rejected,
+        }
+        parsed = None
+        if memory:  # nothing on disk to digest: what was parsed is the identity
+            parsed, params["memory"] = self._parse()
+        files = [s.path for s in self.sources if s.path is not None]
+        with stage(
+            out, name="records", params=params, inputs=files, kind=KIND, fresh=fresh
+        ) as work:
+            if not work.done:
+                write_records(work.dir, *self._tables(parsed or self._parse()[0]), work=work)
+        return Records.open(out)
+
+    def _parse(self) -> tuple[dict[str, Any], str]:
+        """Run every source through Rust; also a digest of what came from memory."""
+        builder = _rust.RecordsBuilder()
+        digest = b""
+
+        def seen(block: bytes) -> None:
+            nonlocal digest
+            digest = (digest.decode() + _rust.blake3(block)).encode()
+            digest = _rust.blake3(digest).encode()
+
+        sizes = [_size(s) for s in self.sources]
+        with bar("Read", total=sum(sizes) / 1e6 or None, unit="MB") as progress:
+            for source, size in zip(self.sources, sizes, strict=True):
+                src.feed(source, builder, seen=seen if source.form == "memory" else None)
+                progress.advance(size / 1e6, file=source.name)
+            return builder.finish(), digest.decode()
+
+    def _tables(
+        self, parsed: Mapping[str, Any]
+    ) -> tuple[Texts, dict[str, Examples], list[dict[str, str]], dict[str, Any]]:
+        """Check the rejected rows and join the sources of each task."""
+        report = _report(self.sources, parsed["rejected"])
+        for source, entry in zip(self.sources, report["sources"], strict=True):
+            _judge(source, entry, self.max_rejected)
+        labels = dict(parsed["labels"])
+        by_task: dict[str, list[Examples]] = {}
+        for i, part in enumerate(parsed["examples"]):
+            table = from_builder(part, provenance=i, labels=labels.get(part["task"], ()))
+            by_task.setdefault(table.name, []).append(table)
+        text_id = parsed["text_id"].astype(np.uint64)
+        texts = Texts(
+            shards=[(parsed["text"], parsed["text_offsets"].astype(np.uint64))],
+            text_id=text_id,
+            cluster=text_id.copy(),
+        )
+        tables = {name: concatenate(parts) for name, parts in by_task.items()}
+        return texts, tables, src.describe(self.sources), report
+
+
+def read(
+    inputs: Any, *, task: str | None = None, kind: str = "auto", max_rejected: float = 0.01
+) -> Records:
+    """Describe records to read; nothing is parsed before ``save`` (or the stage that needs it).
+
+    Args:
+        inputs: a path, glob or folder (``.jsonl``, ``.zst``, ``.gz``, ``.parquet``, a saved
+            dataset, a BEIR folder, a data folder with ``train/``), a ``datasets`` Dataset or
+            IterableDataset, a records directory, or a list of these.
+        task: task name for everything read; by default each file's stem.
+        kind: ``"auto"`` (found from the columns), ``"retrieval"``, ``"sts"``, ``"classification"``.
+        max_rejected: share of bad rows above which a source is refused.
+
+    Raises:
+        UsageError: a remote address, an unknown suffix or kind, an empty folder.
+        FileNotFoundError: a missing file or a pattern without a match.
+    """
+    if not 0 <= max_rejected <= 1:
+        raise UsageError(f"max_rejected is a share between 0 and 1, not {max_rejected}.")
+    if isinstance(inputs, (str, Path)) and (Path(inputs) / "manifest.json").is_file():
+        return Records.open(inputs)
+    if isinstance(inputs, Records):
+        return inputs
+    return Records(tuple(src.find(inputs, task=task, kind=kind)), max_rejected)
+
+
+def as_directory(records: Any, beside: Path | str) -> Records:
+    """Saved records from whatever a stage was given; unsaved ones go to ``<beside>.records``."""
+    found = records if isinstance(records, Records) else read(records)
+    if found.path is None:
+        beside = Path(beside)
+        found = found.save(beside.with_name(beside.name + ".records"))
+    return found
+
+
+def write_records(
+    directory: Path,
+    texts: Texts,
+    tables: Mapping[str, Examples],
+    sources: list[dict[str, str]],
+    report: Mapping[str, Any],
+    *,
+    work: Any,
+) -> None:
+    """Write and publish a records directory; used by ``read`` and ``dedup`` alike."""
+    texts.save(directory)
+    tasks = []
+    for i, (name, table) in enumerate(tables.items()):
+        table.save(directory, index=i)
+        tasks.append(
+            {
+                "name": name,
+                "kind": table.kind,
+                "examples": len(table),
+                "labels": list(table.labels),
+                "sources": sorted({sources[j]["name"] for j in np.unique(table.provenance)}),
+            }
+        )
+    text = json.dumps(report, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    (directory / "report.json").write_text(text + "\n", encoding="utf-8")
+    counts = {"texts": len(texts), "examples": sum(len(t) for t in tables.values())}
+    work.publish({"tasks": tasks, "sources": sources, "counts": counts})
+
+
+def _size(source: src.Source) -> int:
+    if source.path is None:
+        return 0
+    if source.path.is_file():
+        return source.path.stat().st_size
+    return sum(p.stat().st_size for p in source.path.rglob("*") if p.is_file())
+
+
+def _report(sources: tuple[src.Source, ...], rejected: Any) -> dict[str, Any]:
+    """The rejected rows of every source in JSON types, plus totals."""
+    entries = []
+    for source, got in zip(sources, rejected, strict=True):
+        samples = [
+            {"line": int(line), "reason": str(reason), "text": str(excerpt)}
+            for line, reason, excerpt in got["samples"]
+        ]
+        entries.append(
+            {
+                "source": source.name,
+                "task": source.task,
+                "read": int(got["read"]),
+                "kept": int(got["kept"]),
+                "rejected": int(got["rejected"]),
+                "reasons": {str(k): int(v) for k, v in got["reasons"].items()},
+                "samples": samples,
+            }
+        )
+    totals = {key: sum(e[key] for e in entries) for key in ("read", "kept", "rejected")}
+    return {**totals, "sources": entries}
+
+
+def _judge(source: src.Source, entry: Mapping[str, Any], limit: float) -> None:
+    """Refuse a source that is empty, has the wrong columns or too many bad rows."""
+    where = source.path or source.name
+    if entry["read"] == 0:
+        raise CorruptError("The source has no rows.", where=where, fix="give a file with records")
+    share = entry["rejected"] / entry["read"]
+    if share <= limit and entry["kept"]:
+        return
+    reasons = sorted(entry["reasons"].items(), key=lambda kv: (-kv[1], kv[0]))
+    lines = [f"    {count} x {reason}" for reason, count in reasons]
+    lines += [
+        f"    line {s['line']}: {s['reason']}: {s['text'][:70]!r}" for s in entry["samples"][:3]
+    ]
+    if not entry["kept"] and reasons and "column" in reasons[0][0]:
+        head, fix = "No row has the columns of a training example", f"columns: {_COLUMNS_HINT}"
+    else:
+        head = f"{entry['rejected']} of {entry['read']} rows are rejected, the limit is {limit:.1%}"
+        fix = "mend the file, or allow more with max_rejected"
+    raise CorruptError(head + ":\n" + "\n".join(lines), where=where, fix=fix)

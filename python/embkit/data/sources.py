@@ -1,0 +1,340 @@
+"""Where records come from: files, folders, globs, Parquet, Hugging Face datasets, BEIR folders.
+
+Python finds the files and lets pyarrow decode Parquet and Arrow; the records themselves are parsed
+and validated in Rust (``RecordsBuilder``), the JSON lines of a file directly, everything else
+handed over as JSON lines in batches.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from embkit.data.tables import KINDS, task_name
+from embkit.errors import CorruptError, UsageError, nearest
+
+JSONL = (".jsonl", ".jsonl.zst", ".jsonl.gz", ".ndjson", ".ndjson.zst", ".ndjson.gz")
+SUFFIXES = (*JSONL, ".parquet")
+_BATCH = 2048  # rows handed to Rust at once
+
+
+@dataclass(frozen=True)
+class Source:
+    """One input: a file, a saved dataset, a BEIR folder or a dataset in memory.
+
+    Attributes:
+        form: ``"jsonl"``, ``"parquet"``, ``"saved"``, ``"beir"`` or ``"memory"``.
+        name: shown in reports and recorded in the manifest; never a whole path.
+        task: the task its examples belong to.
+        kind: ``"auto"`` or one of the kinds.
+        path: the file or directory, None for a dataset in memory.
+        dataset: the dataset in memory.
+    """
+
+    form: str
+    name: str
+    task: str
+    kind: str
+    path: Path | None = None
+    dataset: Any = None
+
+
+def find(inputs: Any, *, task: str | None, kind: str) -> list[Source]:
+    """Turn paths, globs, folders and datasets into sources, in a fixed order.
+
+    Raises:
+        UsageError: a remote address, an unknown suffix, kind or empty folder.
+        FileNotFoundError: a path that is not there or a pattern without a match.
+    """
+    if kind not in ("auto", *KINDS):
+        raise UsageError(f"Unknown kind {kind!r}; {nearest(kind, ('auto', *KINDS))}")
+    many = isinstance(inputs, (list, tuple))
+    sources: list[Source] = []
+    for item in inputs if many else [inputs]:
+        if isinstance(item, (str, Path)):
+            for path in _expand(item):
+                sources += list(_at(path, task, kind))
+        else:
+            sources.append(_in_memory(item, task, kind))
+    if not sources:
+        raise UsageError("Nothing to read: the list of inputs is empty.")
+    return sources
+
+
+def stem(path: Path) -> str:
+    """File name without the suffixes that are read."""
+    for suffix in sorted(SUFFIXES, key=len, reverse=True):
+        if path.name.endswith(suffix):
+            return path.name[: -len(suffix)]
+    return path.stem
+
+
+def feed(source: Source, builder: Any, *, seen: Callable[[bytes], None] | None = None) -> None:
+    """Give all records of a source to a ``RecordsBuilder``.
+
+    Args:
+        seen: called with every batch of JSON lines that did not come from a JSONL file.
+    """
+    if source.form == "jsonl":
+        builder.add_jsonl(str(source.path), source.name, source.task, source.kind)
+        return
+    for block in _blocks(source):
+        if seen is not None:
+            seen(block)
+        builder.add_lines(block, source.name, source.task, source.kind)
+
+
+# ---------------------------------------------------------------- finding
+
+
+def _expand(item: str | Path) -> list[Path]:
+    text = str(item)
+    if "://" in text:
+        raise UsageError(
+            "Remote addresses are not read.",
+            where=text,
+            fix="download first, or hand over a dataset:\n"
+            "           data = datasets.load_dataset('parquet', data_files='https://...', "
+            "split='train')\n"
+            "           records = embkit.read(data)",
+        )
+    path = Path(text).expanduser()
+    if path.exists():
+        return [path]
+    if glob.has_magic(text):
+        found = sorted(Path(p) for p in glob.glob(str(path), recursive=True))  # noqa: PTH207
+        if not found:
+            raise FileNotFoundError(2, "No file matches the pattern", text)
+        return found
+    raise FileNotFoundError(2, "No such file or directory", text)
+
+
+def _at(path: Path, task: str | None, kind: str) -> Iterator[Source]:
+    if path.is_file():
+        if not path.name.endswith(SUFFIXES):
+            raise UsageError(
+                f"Cannot read {path.name}: the suffix is not known.",
+                where=path,
+                fix="one of " + ", ".join(SUFFIXES),
+            )
+        form = "parquet" if path.suffix == ".parquet" else "jsonl"
+        yield Source(form, path.name, task_name(task or stem(path)), kind, path)
+        return
+    name = task_name(task or path.resolve().name)
+    if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
+        yield Source("saved", path.name, name, kind, path)
+    elif (path / "train").is_dir() and not (path / "dataset_info.json").is_file():
+        yield from _at(path / "train", task, kind)
+    elif beir_file(path, "corpus") and beir_file(path, "queries"):
+        yield Source("beir", path.name, name, "retrieval" if kind == "auto" else kind, path)
+    else:
+        files = sorted(p for p in path.iterdir() if p.is_file() and p.name.endswith(SUFFIXES))
+        if not files:
+            raise UsageError(
+                "The folder holds no file that can be read.",
+                where=path,
+                fix="one file per task, with a suffix of " + ", ".join(SUFFIXES),
+            )
+        for file in files:
+            yield from _at(file, task, kind)
+
+
+def _in_memory(item: Any, task: str | None, kind: str) -> Source:
+    if isinstance(item, dict) and "train" in item:  # a DatasetDict
+        item = item["train"]
+    if isinstance(item, dict) or not isinstance(item, Iterable):
+        raise UsageError(
+            f"Cannot read a {type(item).__name__}.",
+            fix="give a path, a glob, a list of them, or a datasets.Dataset (one split)",
+        )
+    name = task_name(task or getattr(getattr(item, "info", None), "dataset_name", None) or "data")
+    return Source("memory", name, name, kind, None, item)
+
+
+def beir_file(folder: Path, name: str) -> Path | None:
+    """``folder/name`` with any suffix of JSON lines, or None."""
+    for suffix in JSONL:
+        if (folder / (name + suffix)).is_file():
+            return folder / (name + suffix)
+    return None
+
+
+# ---------------------------------------------------------------- decoding to JSON lines
+
+
+def _blocks(source: Source) -> Iterator[bytes]:
+    rows: Iterable[bytes]
+    if source.form == "parquet":
+        rows = _parquet(Path(str(source.path)))
+    elif source.form == "beir":
+        rows = _beir(Path(str(source.path)))
+    else:
+        dataset = source.dataset
+        if source.form == "saved":
+            from datasets import load_from_disk
+
+            dataset = load_from_disk(str(source.path))
+            dataset = dataset["train"] if isinstance(dataset, dict) else dataset
+        rows = _dataset(dataset)
+    batch: list[bytes] = []
+    for row in rows:
+        batch.append(row)
+        if len(batch) == _BATCH:
+            yield b"\n".join(batch) + b"\n"
+            batch = []
+    if batch:
+        yield b"\n".join(batch) + b"\n"
+
+
+def _parquet(path: Path) -> Iterator[bytes]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(path, memory_map=True) as file:
+            for batch in file.iter_batches(batch_size=_BATCH):
+                yield from _record_batch(batch)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
+        if isinstance(error, (FileNotFoundError, PermissionError)):
+            raise
+        raise CorruptError(
+            f"The Parquet file cannot be decoded: {str(error).splitlines()[0]}.",
+            where=path,
+            fix="fetch or write the file again",
+        ) from error
+
+
+def _record_batch(batch: Any) -> Iterator[bytes]:
+    try:
+        yield from (_line(row) for row in batch.to_pylist())
+    except UnicodeDecodeError:  # find the bad rows; Rust rejects and counts them
+        for i in range(batch.num_rows):
+            try:
+                line = _line(batch.slice(i, 1).to_pylist()[0])
+            except UnicodeDecodeError:
+                line = b'{"text": "\xff"}'
+            yield line
+
+
+def _dataset(dataset: Any) -> Iterator[bytes]:
+    names = {
+        column: feature
+        for column, feature in (getattr(dataset, "features", None) or {}).items()
+        if hasattr(feature, "int2str")  # class labels are stored as numbers
+    }
+    for row in dataset:
+        if not isinstance(row, dict):
+            raise UsageError(
+                f"A row is a {type(row).__name__}, not a dict of columns.",
+                fix="give a datasets.Dataset or an iterable of dicts",
+            )
+        if names:
+            row = {k: _label(names[k], v) if k in names else v for k, v in row.items()}
+        yield _line(row)
+
+
+def _label(feature: Any, value: Any) -> Any:
+    return feature.int2str(value) if isinstance(value, int) and value >= 0 else value
+
+
+def _line(row: dict[str, Any]) -> bytes:
+    """One JSON line; columns without a value are left out, unknown types become text."""
+    kept = {k: v for k, v in row.items() if v is not None}
+    return json.dumps(kept, ensure_ascii=False, default=str).encode("utf-8", "surrogateescape")
+
+
+def _beir(folder: Path) -> Iterator[bytes]:
+    corpus = {str(d["_id"]): d for d in read_jsonl(_must(folder, "corpus"))}
+    queries = {str(q["_id"]): q["text"] for q in read_jsonl(_must(folder, "queries"))}
+    positives: dict[str, list[str]] = {}
+    qrels = beir_file(folder, "qrels") or folder / "qrels" / "train.tsv"
+    for query, document, score in read_qrels(qrels):
+        if score > 0 and query in queries and document in corpus:
+            positives.setdefault(query, []).append(joined(corpus[document]))
+    for query, texts in positives.items():
+        yield _line({"query": queries[query], "positive": texts})
+
+
+def _must(folder: Path, name: str) -> Path:
+    path = beir_file(folder, name)
+    if path is None:
+        raise FileNotFoundError(2, "No such file", str(folder / f"{name}.jsonl[.zst|.gz]"))
+    return path
+
+
+def joined(row: dict[str, Any]) -> str:
+    """Title and text of a passage, joined as they are for training."""
+    title, text = str(row.get("title") or ""), str(row.get("text") or "")
+    return f"{title} {text}".strip()
+
+
+# ---------------------------------------------------------------- small readers for evaluation sets
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """All objects of a JSON lines file (plain, .zst or .gz); for sets that fit in memory.
+
+    Raises:
+        CorruptError: a broken compressed stream or a line that is no JSON object.
+    """
+    import pyarrow as pa
+
+    if not path.is_file():
+        raise FileNotFoundError(2, "No such file", str(path))
+    codec = {".zst": "zstd", ".gz": "gzip"}.get(path.suffix)
+    try:
+        with pa.OSFile(str(path)) as raw:
+            data = (pa.CompressedInputStream(raw, codec) if codec else raw).read()
+        lines = data.decode("utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CorruptError(
+            f"The file cannot be decoded: {error}.", where=path, fix="fetch or write it again"
+        ) from error
+    rows = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise CorruptError(
+                f"Line {number} is not JSON: {error.msg}.", where=path, fix="one object per line"
+            ) from error
+        if not isinstance(row, dict):
+            raise CorruptError(f"Line {number} is not a JSON object.", where=path)
+        rows.append(row)
+    return rows
+
+
+def read_qrels(path: Path) -> list[tuple[str, str, float]]:
+    """Query id, document id and grade of each judgement, from JSON lines or a BEIR ``.tsv``."""
+    if path.suffix != ".tsv":
+        rows = read_jsonl(path)
+        out = []
+        for number, row in enumerate(rows, 1):
+            query = row.get("query_id", row.get("query-id"))
+            document = row.get("corpus_id", row.get("corpus-id"))
+            if query is None or document is None:
+                raise CorruptError(
+                    f"Row {number} has no query_id or corpus_id.",
+                    where=path,
+                    fix="columns query_id, corpus_id, score",
+                )
+            out.append((str(query), str(document), float(row.get("score", 1))))
+        return out
+    judged = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines()[1:], 2):
+        cells = line.split("\t")
+        if len(cells) != 3:
+            raise CorruptError(f"Line {number} has {len(cells)} cells, not 3.", where=path)
+        judged.append((cells[0], cells[1], float(cells[2])))
+    return judged
+
+
+def describe(sources: Sequence[Source]) -> list[dict[str, str]]:
+    """What a manifest and a digest say of sources; no paths."""
+    return [{"name": s.name, "form": s.form, "task": s.task, "kind": s.kind} for s in sources]

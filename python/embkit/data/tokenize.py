@@ -1,0 +1,213 @@
+"""From records to a token store: every distinct text tokenised once per form it is used in.
+
+A form is a prompt plus a length limit, decided by the role a text plays in the examples: query,
+passage, or either (sentence pairs and labelled texts, which take no prompt and the longer limit).
+Forms with the same prompt share one row, so without prompts every text is one row.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from embkit import _rust
+from embkit.data import vocabulary
+from embkit.data.loader import KIND, Store
+from embkit.data.records import Records, as_directory
+from embkit.data.tables import Array, Examples
+from embkit.errors import UsageError
+from embkit.progress import bar
+from embkit.stage import stage
+
+QUERY, PASSAGE, BOTH = 0, 1, 2
+_USES = ("query", "passage", "either")
+
+
+def tokenize(
+    records: Any,
+    *,
+    out: Path | str,
+    tokenizer: Any = None,
+    vocab_size: int = 16000,
+    max_length_query: int = 32,
+    max_length_passage: int = 96,
+    prompts: Mapping[str, str] | None = None,
+    fresh: bool = False,
+) -> Store:
+    """Tokenise records into a store.
+
+    Args:
+        records: a Records, a records directory, or anything :func:`embkit.data.read` takes.
+        out: the store directory to publish.
+        tokenizer: what :func:`embkit.data.vocabulary.load_tokenizer` takes; None trains a
+            WordPiece of ``vocab_size`` on these records.
+        max_length_query, max_length_passage: tokens kept, special tokens included.
+        prompts: text before a query or passage, ``{"query": "", "passage": ""}``.
+        fresh: do it again even when it is done.
+
+    Raises:
+        UsageError: unknown tokenizer or prompt role, lengths below 3, or no examples at all.
+    """
+    prompts = dict(prompts or {})
+    wrong = set(prompts) - {"query", "passage"}
+    if wrong:
+        raise UsageError(f"Unknown prompt {sorted(wrong)}.", fix="the roles are query and passage")
+    if min(max_length_query, max_length_passage) < 3:
+        raise UsageError("A text needs room for 3 tokens.", fix="raise max_length_*")
+    given = vocabulary.load_tokenizer(tokenizer) if tokenizer is not None else None
+    records = as_directory(records, out)
+    params = {
+        "tokenizer": _rust.blake3(given[0].encode()) if given else None,
+        "vocab_size": None if given else vocab_size,
+        "max_length": {"query": max_length_query, "passage": max_length_passage},
+        "prompts": {role: prompts.get(role, "") for role in ("query", "passage")},
+    }
+    with stage(
+        out, name="tokenize", params=params, inputs=[records.dir], kind=KIND, fresh=fresh
+    ) as work:
+        if not work.done:
+            _run(records, given, params, work)
+    return Store(out)
+
+
+def _run(records: Records, given: Any, params: dict[str, Any], work: Any) -> None:
+    texts = records.texts
+    tables = records.tasks()
+    if not sum(map(len, tables.values())):
+        raise UsageError("The records hold no examples.", where=records.dir)
+    if given is None:
+        with bar("Train tokenizer", total=len(texts), unit="texts") as progress:
+            given = vocabulary.train_wordpiece(texts, vocab_size=params["vocab_size"]), {}
+            progress.update(len(texts))
+    tokenizer_json, config = given
+    rows = plan_rows(tables, len(texts), params["prompts"])
+    source = _sources(tables, len(texts))
+    longest = max(params["max_length"].values())
+    limits = [params["max_length"]["query"], params["max_length"]["passage"], longest]
+    with bar("Tokenize", total=len(rows.text), unit="rows") as progress:
+        done = _rust.tokenize(
+            str(work.dir),
+            texts.shards,
+            rows.text,
+            rows.prompt,
+            rows.prompts,
+            rows.role,
+            source[rows.text],
+            texts.text_id[rows.text],
+            texts.cluster[rows.text],
+            tokenizer_json,
+            limits,
+            progress=progress.update,
+        )
+        progress.update(len(rows.text))
+    tasks = []
+    for index, (old, table) in enumerate(
+        zip(records.manifest["tasks"], tables.values(), strict=True)
+    ):
+        query, passage = _columns_of(table.kind)
+        table = table.mapped(rows.row_of[passage], query_of=rows.row_of[query])
+        table.save(work.dir, index=index)
+        tasks.append({**old, "examples": len(table)})
+    vocabulary.write(work.dir / "tokenizer", tokenizer_json, config)
+    work.publish(
+        {
+            "tasks": tasks,
+            "sources": records.manifest["sources"],
+            "tokenizer": {
+                "fingerprint": _rust.blake3(tokenizer_json.encode()),
+                "vocab_size": len(json.loads(tokenizer_json)["model"].get("vocab", ())),
+                "backend": str(done["backend"]),
+            },
+            "prompts": params["prompts"],
+            "max_length": params["max_length"],
+            "counts": {
+                "rows": len(rows.text),
+                "shards": int(done["shards"]),
+                "tokens": int(done["tokens"]),
+                "truncated": int(done["truncated"]),
+                "examples": sum(t["examples"] for t in tasks),
+            },
+        }
+    )
+
+
+# ---------------------------------------------------------------- which rows a store has
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """The rows of a store to be.
+
+    Attributes:
+        text: U64 [rows], the text of each row.
+        prompt: U16 [rows], an index into ``prompts``.
+        role: U8 [rows], 0 query, 1 passage, 2 both or either.
+        prompts: the distinct prompts.
+        row_of: per use ("query", "passage", "either") U64 [texts], the row of a text so used.
+    """
+
+    text: Array
+    prompt: Array
+    role: Array
+    prompts: list[str]
+    row_of: dict[str, Array]
+
+
+def plan_rows(tables: Mapping[str, Examples], texts: int, prompts: Mapping[str, str]) -> Rows:
+    """Decide the rows: texts in their order, for each the forms that the examples use.
+
+    Args:
+        tables: the examples, in text rows.
+        texts: number of texts.
+        prompts: prompt per role; texts used either way take none.
+    """
+    used = {use: np.zeros(texts, bool) for use in _USES}
+    for table in tables.values():
+        query, passage = _columns_of(table.kind)
+        used[query][table.query] = True
+        used[passage][table.positive] = True
+        used[passage][table.negative] = True
+    text_of = {"query": prompts["query"], "passage": prompts["passage"], "either": ""}
+    distinct = list(dict.fromkeys(text_of[use] for use in _USES))
+    form = {use: distinct.index(text_of[use]) for use in _USES}
+    there = np.zeros((texts, len(distinct)), bool)
+    role = np.zeros((texts, len(distinct)), np.uint8)
+    for i in range(len(distinct)):
+        uses = [use for use in _USES if form[use] == i]
+        q = np.logical_or.reduce([used[u] for u in uses if u != "passage"] or [there[:, i]])
+        p = np.logical_or.reduce([used[u] for u in uses if u != "query"] or [there[:, i]])
+        there[:, i] = q | p
+        role[:, i] = np.where(q & p, BOTH, np.where(p, PASSAGE, QUERY))
+    row = np.cumsum(there.reshape(-1)).reshape(there.shape) - 1
+    text, prompt = np.nonzero(there)
+    return Rows(
+        text=text.astype(np.uint64),
+        prompt=prompt.astype(np.uint16),
+        role=role[there],
+        prompts=distinct,
+        row_of={use: row[:, form[use]].astype(np.uint64) for use in _USES},
+    )
+
+
+def _columns_of(kind: str) -> tuple[str, str]:
+    """The uses of the query and the positive column of a kind."""
+    return ("query", "passage") if kind == "retrieval" else ("either", "either")
+
+
+def _sources(tables: Mapping[str, Examples], texts: int) -> Array:
+    """U16 [texts]: the first source that names each text."""
+    source = np.full(texts, np.iinfo(np.uint16).max, np.uint16)
+    for table in tables.values():
+        order = table.provenance.astype(np.uint16)
+        np.minimum.at(source, table.query, order)
+        for offsets, values in (
+            (table.positive_offsets, table.positive),
+            (table.negative_offsets, table.negative),
+        ):
+            np.minimum.at(source, values, np.repeat(order, np.diff(offsets.astype(np.int64))))
+    return source

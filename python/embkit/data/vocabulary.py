@@ -1,0 +1,196 @@
+"""Tokenizers: train a WordPiece on a corpus, or find the tokenizer.json that a name stands for.
+
+Oddity: the trainer of the ``tokenizers`` package is not deterministic, because it numbers the
+``##x`` pieces in the order of a randomly seeded hash map and breaks ties by those numbers. Naming
+every single character and its ``##`` form up front fixes all numbers, and with them the result.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from tokenizers import (
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
+
+from embkit.errors import CorruptError, UsageError
+
+SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+_CONFIG = {
+    "cls_token": "[CLS]",
+    "do_lower_case": True,
+    "mask_token": "[MASK]",
+    "model_max_length": 512,
+    "pad_token": "[PAD]",
+    "sep_token": "[SEP]",
+    "tokenizer_class": "PreTrainedTokenizerFast",  # transformers 4 and 5 both know it
+    "unk_token": "[UNK]",
+}
+_ALPHABET = 1000  # distinct characters kept, most frequent first
+_TRAIN_CHARS = 200_000_000  # of corpus text; enough for any vocabulary size used here
+
+
+def train_wordpiece(texts: Iterable[str], *, vocab_size: int) -> str:
+    """Train a lower-casing BERT WordPiece; the same texts in the same order give the same bytes.
+
+    Args:
+        texts: the corpus; only the first 200 million characters count.
+        vocab_size: pieces in all, special tokens included.
+
+    Returns:
+        tokenizer.json, canonical.
+
+    Raises:
+        UsageError: ``vocab_size`` leaves no room beside the characters of the corpus.
+    """
+    normalizer = normalizers.BertNormalizer(lowercase=True)
+    corpus = list(_head(texts))
+    seen: Counter[str] = Counter()
+    for text in corpus:
+        seen.update(normalizer.normalize_str(text))
+    characters = {c: n for c, n in seen.items() if not c.isspace()}
+    alphabet = sorted(sorted(characters, key=lambda c: (-characters[c], c))[:_ALPHABET])
+    needed = len(SPECIAL) + 2 * len(alphabet)
+    if vocab_size < needed:
+        raise UsageError(
+            f"vocab_size = {vocab_size} is too small for this corpus.",
+            fix=f"it has {len(alphabet)} characters: give at least {needed}, better 4000 or more",
+        )
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizer
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=vocab_size,
+        show_progress=False,
+        special_tokens=[*SPECIAL, *(f"##{c}" for c in alphabet)],
+        initial_alphabet=alphabet,
+        limit_alphabet=len(alphabet),
+        continuing_subword_prefix="##",
+    )
+    tokenizer.train_from_iterator(corpus, trainer)
+    pieces = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    # Our own numbering: special tokens first, then the pieces in the order they were learned.
+    order = [*SPECIAL, *(p for p, _ in pieces if p not in SPECIAL)]
+    return _assemble({piece: i for i, piece in enumerate(order)})
+
+
+def canonical(tokenizer_json: str) -> str:
+    """The same tokenizer without truncation and padding as canonical JSON: what is hashed."""
+    content = json.loads(Tokenizer.from_str(tokenizer_json).to_str())
+    content["truncation"] = content["padding"] = None
+    return json.dumps(content, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+
+
+def load_tokenizer(source: Any) -> tuple[str, dict[str, Any]]:
+    """Find a tokenizer.
+
+    Args:
+        source: a ``tokenizers.Tokenizer``, a fast tokenizer of transformers, a tokenizer.json, a
+            directory that holds one, or a model id of the Hugging Face hub.
+
+    Returns:
+        tokenizer.json (canonical) and the content of tokenizer_config.json (maybe empty).
+
+    Raises:
+        UsageError: nothing of that name, or only a slow tokenizer. CorruptError: a broken file.
+    """
+    backend = getattr(source, "backend_tokenizer", source)
+    if isinstance(backend, Tokenizer):
+        return canonical(backend.to_str()), {}
+    path = Path(source)
+    file = path / "tokenizer.json" if path.is_dir() else path
+    if not file.is_file():
+        if path.is_dir():
+            raise UsageError(
+                "The directory has no tokenizer.json.",
+                where=path,
+                fix="save a fast tokenizer there: AutoTokenizer.from_pretrained(DIR)"
+                ".save_pretrained(DIR)",
+            )
+        file = _from_hub(str(source))
+    try:
+        text = canonical(file.read_text(encoding="utf-8"))
+    except Exception as error:  # the tokenizers package raises bare Exception
+        raise CorruptError(
+            f"This file is no tokenizer: {error}", where=file, fix="copy or save it again"
+        ) from error
+    config = file.with_name("tokenizer_config.json")
+    if not config.is_file():
+        return text, {}
+    try:
+        return text, dict(json.loads(config.read_text(encoding="utf-8")))
+    except ValueError as error:
+        raise CorruptError(f"Not JSON: {error}", where=config, fix="copy it again") from error
+
+
+def write(directory: Path, tokenizer_json: str, config: dict[str, Any]) -> None:
+    """Write tokenizer.json and tokenizer_config.json, loadable by ``AutoTokenizer``."""
+    directory.mkdir(parents=True, exist_ok=True)
+    vocabulary = Tokenizer.from_str(tokenizer_json)
+    full = {k: v for k, v in _CONFIG.items() if not _absent(vocabulary, v)} | config
+    if full.get("tokenizer_class") == "TokenizersBackend":  # only transformers 5 has it
+        full["tokenizer_class"] = "PreTrainedTokenizerFast"
+    (directory / "tokenizer.json").write_text(tokenizer_json, encoding="utf-8")
+    text = json.dumps(full, indent=1, sort_keys=True, ensure_ascii=False, default=str)
+    (directory / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
+
+
+def _absent(vocabulary: Tokenizer, value: Any) -> bool:
+    return isinstance(value, str) and value in SPECIAL and vocabulary.token_to_id(value) is None
+
+
+def _head(texts: Iterable[str]) -> Iterator[str]:
+    left = _TRAIN_CHARS
+    for text in texts:
+        yield text[:left]
+        left -= len(text)
+        if left <= 0:
+            return
+
+
+def _assemble(vocabulary: dict[str, int]) -> str:
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[(t, vocabulary[t]) for t in ("[CLS]", "[SEP]")],
+    )
+    tokenizer.decoder = decoders.WordPiece(prefix="##")
+    tokenizer.add_special_tokens(list(SPECIAL))
+    return canonical(tokenizer.to_str())
+
+
+def _from_hub(name: str) -> Path:
+    """tokenizer.json of a model id: from the local cache, else the hub with a short timeout."""
+    from huggingface_hub import hf_hub_download
+
+    nowhere = UsageError(
+        f"Unknown tokenizer {name!r}: no such file or directory, and no model id that can be "
+        "reached.",
+        fix="check the spelling; without network, download it first and give its directory",
+    )
+    for offline in (True, False):
+        try:
+            file = Path(
+                hf_hub_download(name, "tokenizer.json", local_files_only=offline, etag_timeout=5)
+            )
+        except Exception as error:  # the hub client has a dozen kinds, all of them mean "not here"
+            nowhere.__cause__ = error
+            continue
+        with suppress(Exception):  # beside it, if the model has one
+            hf_hub_download(name, "tokenizer_config.json", local_files_only=offline, etag_timeout=5)
+        return file
+    raise nowhere

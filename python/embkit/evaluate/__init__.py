@@ -1,0 +1,8 @@
+"""Score an encoder on a folder of evaluation sets, every MRL width from one encode of each text."""
+
+from __future__ import annotations
+
+from embkit.evaluate.run import MAIN, evaluate
+from embkit.evaluate.tasks import load_split
+
+__all__ = ["MAIN", "evaluate", "load_split"]

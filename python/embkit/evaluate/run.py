@@ -1,0 +1,173 @@
+"""``evaluate``: encode once, score every width, average over the kinds of tasks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from embkit import _rust
+from embkit.errors import UsageError
+from embkit.evaluate import metrics
+from embkit.evaluate.bm25 import bm25_rank
+from embkit.evaluate.tasks import EvalSet, RetrievalSet, StsSet, load_split
+from embkit.progress import bar
+from embkit.stage import stage
+
+if TYPE_CHECKING:
+    from embkit.model import Encoder
+
+MAIN = {"retrieval": "ndcg@10", "sts": "spearman", "classification": "accuracy"}
+_DEPTH = 100
+Vectors = NDArray[np.float32]
+
+
+def evaluate(
+    encoder: Encoder | None,
+    folder: Path | str,
+    *,
+    dims: Sequence[int] | None = None,
+    out: Path | str | None = None,
+    bm25: bool = True,
+    fresh: bool = False,
+) -> dict[str, Any]:
+    """Score an encoder on every set of a split.
+
+    Args:
+        encoder: the model; None scores BM25 alone.
+        folder: a split folder, e.g. ``data/dev``.
+        dims: widths (the encoder's own by default); each is a prefix, normalised again.
+        out: keep the result in this directory; free when it is already there.
+        bm25: score BM25 on the retrieval sets beside the model.
+        fresh: score again even when ``out`` has the result.
+
+    Returns:
+        ``{"tasks": {name: {"type", "widths": {"256": {"ndcg@10": ...}}, "bm25": {...}}},
+        "types": {type: {"256": mean of the main measure}}, "mean": {"256": mean over types}}``,
+        in percent; widths are strings, as JSON has them.
+
+    Raises:
+        UsageError: no sets in the folder, or a width the encoder does not have.
+        CorruptError: a broken set.
+    """
+    folder = Path(folder)
+    sets = load_split(folder)
+    widths = _widths(encoder, dims)
+    if encoder is None and not bm25:
+        raise UsageError("Nothing to evaluate.", fix="give an encoder, or bm25=True")
+    if out is None:
+        return _score(encoder, sets, widths, bm25=bm25)
+    params = {
+        "model": encoder.digest() if encoder is not None else None,
+        "dims": widths,
+        "bm25": bm25,
+    }
+    with stage(out, name="evaluate", params=params, inputs=[folder], fresh=fresh) as work:
+        if not work.done:
+            result = _score(encoder, sets, widths, bm25=bm25)
+            text = json.dumps(result, indent=1, sort_keys=True, allow_nan=False)
+            (work.dir / "result.json").write_text(text + "\n", encoding="utf-8")
+            work.publish({"mean": result["mean"]})
+    return dict(json.loads((Path(out) / "result.json").read_text(encoding="utf-8")))
+
+
+def _widths(encoder: Encoder | None, dims: Sequence[int] | None) -> list[int]:
+    if encoder is None:
+        return []
+    full = max(encoder.dims)
+    wanted = sorted({int(d) for d in (encoder.dims if dims is None else dims)}, reverse=True)
+    for width in wanted:
+        if not 1 <= width <= full:
+            raise UsageError(
+                f"Width {width} is out of range.", where="dims", fix=f"give 1 to {full}"
+            )
+    if not wanted:
+        raise UsageError("dims is empty.", fix="give at least one width")
+    return wanted
+
+
+def _score(
+    encoder: Encoder | None, sets: list[EvalSet], widths: list[int], *, bm25: bool
+) -> dict[str, Any]:
+    tasks: dict[str, Any] = {}
+    total = sum(len(texts) for found in sets for texts, _ in _texts(found))
+    with bar("Evaluate", total=total, unit="texts") as progress:
+        for found in sets:
+            tasks[found.name] = entry = {"type": found.type, "widths": {}}
+            if encoder is not None:
+                parts = []
+                for texts, role in _texts(found):
+                    parts.append(_encode(encoder, texts, role, max(widths), progress))
+                for width in widths:
+                    entry["widths"][str(width)] = score_set(
+                        found, [prefix(p, width) for p in parts]
+                    )
+            if bm25 and isinstance(found, RetrievalSet):
+                ranked = bm25_rank(found.queries, found.corpus, k=_DEPTH)
+                entry["bm25"] = metrics.retrieval_metrics(ranked, found.judged)
+    return {"tasks": tasks, **_means(tasks, widths)}
+
+
+def score_set(found: EvalSet, parts: Sequence[Vectors]) -> dict[str, float]:
+    """The measures of one set from unit vectors of its texts, in the order of its parts.
+
+    Args:
+        found: the set.
+        parts: queries and corpus; first and second sentences; or train and test texts, each [n, d].
+    """
+    a, b = parts
+    if isinstance(found, RetrievalSet):
+        rows, _ = _rust.topk(a, b, min(_DEPTH, len(b)))
+        return metrics.retrieval_metrics(np.asarray(rows), found.judged)
+    if isinstance(found, StsSet):
+        cosine = np.einsum("nd,nd->n", a.astype(np.float64), b.astype(np.float64))
+        return {"spearman": metrics.spearman(cosine, found.score)}
+    return {"accuracy": metrics.accuracy(a, found.train_label, b, found.test_label)}
+
+
+def prefix(vectors: Vectors, width: int) -> Vectors:
+    """The first ``width`` columns, normalised again (a zero vector stays zero)."""
+    cut = np.ascontiguousarray(vectors[:, :width], np.float32)
+    norm = np.linalg.norm(cut, axis=1, keepdims=True)
+    return cut / np.where(norm > 0, norm, 1)
+
+
+def _texts(found: EvalSet) -> list[tuple[list[str], str | None]]:
+    """The texts of a set with the role they are encoded in."""
+    if isinstance(found, RetrievalSet):
+        return [(found.queries, "query"), (found.corpus, "passage")]
+    if isinstance(found, StsSet):
+        return [(found.first, None), (found.second, None)]
+    return [(found.train, None), (found.test, None)]
+
+
+def _encode(
+    encoder: Encoder, texts: list[str], role: str | None, width: int, progress: Any
+) -> Vectors:
+    """Vectors [n, width], not normalised; each distinct text is encoded once."""
+    distinct, inverse = np.unique(np.array(texts, dtype=object), return_inverse=True)
+    start = progress.done
+    scale = len(texts) / max(len(distinct), 1)
+    report: Callable[[int], object] = lambda done: progress.update(start + done * scale)  # noqa: E731
+    vectors = encoder.encode(
+        distinct.tolist(), role=role, dim=width, normalize=False, progress=report
+    )
+    progress.update(start + len(texts))
+    return np.asarray(vectors, np.float32)[inverse.reshape(-1)]
+
+
+def _means(tasks: dict[str, Any], widths: list[int]) -> dict[str, Any]:
+    """Per width: the mean of each type's sets, and the mean over the types."""
+    types: dict[str, dict[str, float]] = {}
+    for kind, measure in MAIN.items():
+        of_kind = [t["widths"] for t in tasks.values() if t["type"] == kind]
+        if of_kind:
+            types[kind] = {
+                str(w): float(np.mean([t[str(w)][measure] for t in of_kind])) for w in widths
+            }
+    mean = {str(w): float(np.mean([types[kind][str(w)] for kind in types])) for w in widths}
+    return {"types": types, "mean": mean}

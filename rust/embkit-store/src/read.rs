@@ -1,0 +1,427 @@
+//! Token shards as one table of rows, and batches gathered from it.
+//!
+//! Opening maps the files and compares lengths; it touches no data. A gather verifies the blocks
+//! that it reads (unless that is switched off), checks every bound, and fills the caller's buffers.
+//! A [`Store`] is `Send + Sync` and can be read from many threads at once.
+//!
+//! Oddity: rows are global; the shard of a row is found by a search over the shards' first rows.
+
+use std::path::{Path, PathBuf};
+
+use embkit_core::container::{Container, Verify};
+use embkit_core::{Error, Result, TextShard};
+
+use crate::tokenize::{RAW_FORMAT, TEXTS_FORMAT, VERSION, list, name, parse_name};
+
+/// A token shard and, where the store has them, its texts.
+struct Shard {
+    texts: Container,
+    raw: Option<Container>,
+}
+
+/// An open store.
+pub struct Store {
+    dir: PathBuf,
+    shards: Vec<Shard>,
+    /// First row of each shard, then the number of rows.
+    first: Vec<u64>,
+    tokens: u64,
+}
+
+/// Tokens of a shard in place.
+#[derive(Clone, Copy)]
+enum Ids<'a> {
+    Narrow(&'a [u16]),
+    Wide(&'a [u32]),
+}
+
+/// The part of a shard that a gather reads, looked up once per call.
+struct View<'a> {
+    shard: &'a Shard,
+    ids: Ids<'a>,
+    offsets: &'a [u64],
+}
+
+/// Tokens of one row: shard and positions in it.
+#[derive(Clone, Copy)]
+struct Span {
+    shard: usize,
+    start: usize,
+    end: usize,
+}
+
+/// Integer types that token buffers may have.
+pub trait TokenId: Copy {
+    /// The id as this type. Ids are below 2^31 in every vocabulary.
+    fn of(id: u32) -> Self;
+}
+
+impl TokenId for i32 {
+    fn of(id: u32) -> Self {
+        id as i32
+    }
+}
+
+impl TokenId for i64 {
+    fn of(id: u32) -> Self {
+        i64::from(id)
+    }
+}
+
+impl Store {
+    /// Opens the shards in a directory.
+    ///
+    /// Errors: `Io` when the directory or a file cannot be read; `Corrupt` when there are no
+    /// shards, one is missing, damaged, or does not continue the one before; `Version`.
+    pub fn open(dir: impl AsRef<Path>, verify: Verify) -> Result<Self> {
+        let dir = dir.as_ref();
+        let count = shard_count(dir)?;
+        let mut store = Self { dir: dir.into(), shards: Vec::new(), first: vec![0], tokens: 0 };
+        let has_raw = dir.join(name("raw", 0, Some(count))).exists();
+        for index in 0..count {
+            let texts = Container::open(dir.join(name("texts", index, Some(count))), verify)?;
+            texts.expect(TEXTS_FORMAT, VERSION)?;
+            let raw = match has_raw {
+                true => Some(Container::open(dir.join(name("raw", index, Some(count))), verify)?),
+                false => None,
+            };
+            let shard = Shard { texts, raw };
+            let first = store.rows();
+            let (rows, tokens) = shard.check(first)?;
+            store.first.push(first + rows);
+            store.tokens += tokens;
+            store.shards.push(shard);
+        }
+        Ok(store)
+    }
+
+    /// Number of rows.
+    pub fn rows(&self) -> u64 {
+        self.first.last().copied().unwrap_or(0)
+    }
+
+    /// Number of tokens.
+    pub fn tokens(&self) -> u64 {
+        self.tokens
+    }
+
+    /// Number of shards.
+    pub fn shards(&self) -> usize {
+        self.shards.len()
+    }
+
+    /// The directory it was opened from.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// Number of tokens of each row.
+    pub fn lengths(&self, rows: &[u64]) -> Result<Vec<u32>> {
+        let views = self.views()?;
+        rows.iter()
+            .map(|row| {
+                let span = self.span(&views, *row)?;
+                u32::try_from(span.end - span.start).map_err(|_| self.broken(*row))
+            })
+            .collect()
+    }
+
+    /// Identity of each row's text, without its prompt.
+    pub fn text_id(&self, rows: &[u64]) -> Result<Vec<u64>> {
+        self.column("text_id", rows)
+    }
+
+    /// Cluster of each row's text.
+    pub fn cluster(&self, rows: &[u64]) -> Result<Vec<u64>> {
+        self.column("cluster", rows)
+    }
+
+    /// Role of each row: 0 query, 1 passage, 2 both.
+    pub fn role(&self, rows: &[u64]) -> Result<Vec<u8>> {
+        self.column("role", rows)
+    }
+
+    /// Source of each row, as an index into the manifest's list.
+    pub fn source(&self, rows: &[u64]) -> Result<Vec<u16>> {
+        self.column("source", rows)
+    }
+
+    /// Tokens of each row's prompt, counted as sentence-transformers does.
+    pub fn prompt_len(&self, rows: &[u64]) -> Result<Vec<u16>> {
+        self.column("prompt_len", rows)
+    }
+
+    /// The text of a row, without its prompt.
+    /// Errors: `Usage` when the row does not exist or the store has no raw files, `Corrupt`.
+    pub fn text(&self, row: u64) -> Result<&str> {
+        let (shard, local) = self.locate(row)?;
+        let raw = self.shards.get(shard).and_then(|s| s.raw.as_ref()).ok_or_else(|| {
+            Error::usage(
+                format!("{}: the store has no texts (raw-*.safetensors)", self.dir.display()),
+                "Copy them beside the token shards, or tokenize again",
+            )
+        })?;
+        let offsets: &[u64] = raw.slice_untouched("offsets")?;
+        raw.verify_range("offsets", local * 8..(local + 2) * 8)?;
+        let bytes: &[u8] = raw.slice_untouched("text")?;
+        let text = TextShard { bytes, offsets }.get(local);
+        let text = text.ok_or_else(|| self.broken(row))?;
+        let start = offsets.get(local).copied().unwrap_or(0) as usize;
+        raw.verify_range("text", start..start + text.len())?;
+        std::str::from_utf8(text)
+            .map_err(|e| Error::corrupt(raw.path(), format!("text row {row} is not UTF-8 ({e})")))
+    }
+
+    /// Packs rows one after the other into `tokens`, and writes where each begins (and the last
+    /// ends) into `cu_seqlens`, which has one element more than `rows`. What is left of `tokens`
+    /// stays as it is. Returns the number of tokens.
+    ///
+    /// Errors: `Usage` when a row does not exist or a buffer does not fit (nothing is written to
+    /// `tokens` then), `Corrupt` when the shard is damaged.
+    pub fn gather<T: TokenId>(
+        &self,
+        rows: &[u64],
+        tokens: &mut [T],
+        cu_seqlens: &mut [i32],
+    ) -> Result<usize> {
+        if cu_seqlens.len() != rows.len() + 1 {
+            return Err(Error::usage(
+                format!("cu_seqlens has {} elements for {} rows", cu_seqlens.len(), rows.len()),
+                "Pass one element more than rows",
+            ));
+        }
+        let views = self.views()?;
+        let mut spans = Vec::with_capacity(rows.len());
+        let mut total = 0_usize;
+        for row in rows {
+            let span = self.span(&views, *row)?;
+            total += span.end - span.start;
+            spans.push(span);
+        }
+        if total > tokens.len() || i32::try_from(total).is_err() {
+            return Err(Error::usage(
+                format!("{} rows have {total} tokens, the buffer {}", rows.len(), tokens.len()),
+                "Pass a longer buffer (below 2^31 tokens), or fewer rows",
+            ));
+        }
+        let mut rest = tokens;
+        let mut at = 0;
+        let mut ends = cu_seqlens.iter_mut();
+        if let Some(zero) = ends.next() {
+            *zero = 0;
+        }
+        for (span, end) in spans.iter().zip(ends) {
+            let (now, later) = rest.split_at_mut(span.end - span.start);
+            copy(&views, *span, now)?;
+            at += now.len();
+            *end = at as i32;
+            rest = later;
+        }
+        Ok(total)
+    }
+
+    /// Writes rows side by side into `ids` and `mask`, both rows x `width`, with `pad` and zeros
+    /// after the end of a row.
+    ///
+    /// Errors: `Usage` when a row does not exist or is longer than `width`, or a buffer does not
+    /// fit; `Corrupt` when the shard is damaged.
+    pub fn gather_padded<T: TokenId, M: Copy + From<bool>>(
+        &self,
+        rows: &[u64],
+        width: usize,
+        ids: &mut [T],
+        mask: &mut [M],
+        pad: T,
+    ) -> Result<()> {
+        let size = rows.len().checked_mul(width);
+        if size != Some(ids.len()) || size != Some(mask.len()) {
+            return Err(Error::usage(
+                format!(
+                    "ids has {} elements and mask {}, for {} rows of width {width}",
+                    ids.len(),
+                    mask.len(),
+                    rows.len()
+                ),
+                "Pass buffers of rows x width",
+            ));
+        }
+        let views = self.views()?;
+        // A width of 0 leaves no chunks, but its rows are still looked at.
+        let mut ids = ids.chunks_exact_mut(width.max(1));
+        let mut mask = mask.chunks_exact_mut(width.max(1));
+        for row in rows {
+            let span = self.span(&views, *row)?;
+            let len = span.end - span.start;
+            if len > width {
+                return Err(Error::usage(
+                    format!("row {row} has {len} tokens, the batch is {width} wide"),
+                    "Use the length of the longest row as the width",
+                ));
+            }
+            let (Some(ids), Some(mask)) = (ids.next(), mask.next()) else { continue };
+            let (used, unused) = ids.split_at_mut(len);
+            copy(&views, span, used)?;
+            unused.fill(pad);
+            let (used, unused) = mask.split_at_mut(len);
+            used.fill(M::from(true));
+            unused.fill(M::from(false));
+        }
+        Ok(())
+    }
+
+    fn locate(&self, row: u64) -> Result<(usize, usize)> {
+        if row >= self.rows() {
+            return Err(Error::usage(
+                format!("row {row} of a store with {} rows ({})", self.rows(), self.dir.display()),
+                "Pass rows below the count; a table that has such rows belongs to another store",
+            ));
+        }
+        let shard = self.first.partition_point(|f| *f <= row).saturating_sub(1);
+        let first = self.first.get(shard).copied().unwrap_or(0);
+        Ok((shard, (row - first) as usize))
+    }
+
+    fn views(&self) -> Result<Vec<View<'_>>> {
+        self.shards.iter().map(Shard::view).collect()
+    }
+
+    fn span(&self, views: &[View], row: u64) -> Result<Span> {
+        let (shard, local) = self.locate(row)?;
+        let view = views.get(shard).ok_or_else(|| self.broken(row))?;
+        view.shard.texts.verify_range("offsets", local * 8..(local + 2) * 8)?;
+        let tokens = match view.ids {
+            Ids::Narrow(ids) => ids.len(),
+            Ids::Wide(ids) => ids.len(),
+        };
+        match (view.offsets.get(local), view.offsets.get(local + 1)) {
+            (Some(start), Some(end)) if start <= end && *end <= tokens as u64 => {
+                Ok(Span { shard, start: *start as usize, end: *end as usize })
+            }
+            _ => Err(self.broken(row)),
+        }
+    }
+
+    fn column<T: embkit_core::container::Element>(
+        &self,
+        column: &str,
+        rows: &[u64],
+    ) -> Result<Vec<T>> {
+        let columns: Vec<&[T]> =
+            self.shards.iter().map(|s| s.texts.slice_untouched(column)).collect::<Result<_>>()?;
+        let mut out = Vec::with_capacity(rows.len());
+        for row in rows {
+            let (shard, local) = self.locate(*row)?;
+            let (Some(s), Some(values)) = (self.shards.get(shard), columns.get(shard)) else {
+                return Err(self.broken(*row));
+            };
+            let size = size_of::<T>();
+            s.texts.verify_range(column, local * size..(local + 1) * size)?;
+            out.push(*values.get(local).ok_or_else(|| self.broken(*row))?);
+        }
+        Ok(out)
+    }
+
+    fn broken(&self, row: u64) -> Error {
+        Error::corrupt(&self.dir, format!("the offsets of row {row} lie outside its shard"))
+    }
+}
+
+impl Shard {
+    /// Compares the lengths of all columns, and the place of the shard in the store.
+    /// Returns its rows and tokens.
+    fn check(&self, first_row: u64) -> Result<(u64, u64)> {
+        let path = self.texts.path();
+        let view = self.view()?;
+        let rows = view.offsets.len().checked_sub(1).ok_or_else(|| {
+            Error::corrupt(path, "'offsets' is empty, it should have one element more than rows")
+        })?;
+        let lengths = [
+            ("text_id", self.texts.slice_untouched::<u64>("text_id")?.len()),
+            ("cluster", self.texts.slice_untouched::<u64>("cluster")?.len()),
+            ("role", self.texts.slice_untouched::<u8>("role")?.len()),
+            ("source", self.texts.slice_untouched::<u16>("source")?.len()),
+            ("prompt_len", self.texts.slice_untouched::<u16>("prompt_len")?.len()),
+        ];
+        for (column, len) in lengths {
+            if len != rows {
+                return Err(Error::corrupt(path, format!("'{column}' has {len} of {rows} rows")));
+            }
+        }
+        if let Some(raw) = &self.raw {
+            raw.expect(RAW_FORMAT, VERSION)?;
+            let offsets = raw.slice_untouched::<u64>("offsets")?.len();
+            if offsets != rows + 1 {
+                return Err(Error::corrupt(
+                    raw.path(),
+                    format!("has {offsets} offsets for the {rows} rows of its token shard"),
+                ));
+            }
+        }
+        for container in [Some(&self.texts), self.raw.as_ref()].into_iter().flatten() {
+            let said = container.metadata().get("first_row");
+            if said != Some(&first_row.to_string()) {
+                let said = said.map_or("nothing", String::as_str);
+                return Err(Error::corrupt(
+                    container.path(),
+                    format!("should start at row {first_row} but says {said}"),
+                ));
+            }
+        }
+        let tokens = match view.ids {
+            Ids::Narrow(ids) => ids.len(),
+            Ids::Wide(ids) => ids.len(),
+        };
+        Ok((rows as u64, tokens as u64))
+    }
+
+    fn view(&self) -> Result<View<'_>> {
+        use embkit_core::container::Dtype;
+        let ids = match self.texts.get_untouched("tokens")?.dtype {
+            Dtype::U16 => Ids::Narrow(self.texts.slice_untouched("tokens")?),
+            _ => Ids::Wide(self.texts.slice_untouched("tokens")?),
+        };
+        Ok(View { shard: self, ids, offsets: self.texts.slice_untouched("offsets")? })
+    }
+}
+
+/// Copies the tokens of a span, whose length `out` has, after verifying their blocks.
+fn copy<T: TokenId>(views: &[View], span: Span, out: &mut [T]) -> Result<()> {
+    let Some(view) = views.get(span.shard) else { return Ok(()) };
+    let verify = |size| view.shard.texts.verify_range("tokens", span.start * size..span.end * size);
+    match view.ids {
+        Ids::Narrow(ids) => {
+            verify(2)?;
+            let ids = ids.get(span.start..span.end).unwrap_or_default();
+            out.iter_mut().zip(ids).for_each(|(out, id)| *out = T::of(u32::from(*id)));
+        }
+        Ids::Wide(ids) => {
+            verify(4)?;
+            let ids = ids.get(span.start..span.end).unwrap_or_default();
+            out.iter_mut().zip(ids).for_each(|(out, id)| *out = T::of(*id));
+        }
+    }
+    Ok(())
+}
+
+/// The number of shards, by the files' names; every one of them must be there.
+fn shard_count(dir: &Path) -> Result<usize> {
+    let found = list(dir)?;
+    let texts: Vec<&PathBuf> =
+        found.iter().filter(|((stem, _), _)| *stem == "texts").flat_map(|(_, p)| p).collect();
+    let counts = texts.iter().filter_map(|p| parse_name(p.file_name()?.to_str()?)?.2);
+    let corrupt = |what: String| Err(Error::corrupt(dir, what));
+    let Some(count) = counts.clone().max() else {
+        return corrupt(match texts.len() {
+            0 => "holds no token shards (texts-00000-of-*.safetensors)".into(),
+            n => format!("holds {n} token shards of a tokenize run that did not finish"),
+        });
+    };
+    if counts.clone().any(|c| c != count) || texts.len() > count {
+        return corrupt("holds token shards of two different runs".into());
+    }
+    let has = |index: &usize| dir.join(name("texts", *index, Some(count))).exists();
+    if let Some(index) = (0..count).find(|i| !has(i)) {
+        return corrupt(format!("lacks {}", name("texts", index, Some(count))));
+    }
+    Ok(count)
+}

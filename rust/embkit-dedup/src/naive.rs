@@ -1,0 +1,152 @@
+//! The same questions answered the slow, obvious way: what the fast answers are tested against.
+
+use crate::contamination::{ContaminationParams, Hit};
+use crate::near::DedupParams;
+use crate::normalize::{Unit, continues_word, is_word_char, normalize, unit_of};
+use crate::shingle::{jaccard, shingles};
+use embkit_core::hash128;
+use std::collections::{BTreeMap, BTreeSet};
+
+/// Greedy stars with every earlier representative compared; returns (representative, similarity).
+///
+/// [`crate::near_duplicates`] equals this whenever LSH proposes every pair above the threshold.
+pub fn near_duplicates(texts: &[&str], params: &DedupParams) -> (Vec<u64>, Vec<f32>) {
+    let norm: Vec<String> = texts.iter().map(|t| normalize(t)).collect();
+    let sets: Vec<Vec<u64>> = texts.iter().map(|t| shingles(t, params.shingle)).collect();
+    let mut order: Vec<usize> = (0..texts.len()).filter(|&i| !norm[i].is_empty()).collect();
+    order.sort_by_key(|&i| {
+        let by_text = (hash128(norm[i].as_bytes()), hash128(texts[i].as_bytes()), i);
+        (std::cmp::Reverse(norm[i].len()), by_text)
+    });
+    let mut representative: Vec<u64> = (0..texts.len() as u64).collect();
+    let mut similarity = vec![1.0f32; texts.len()];
+    let mut stars: Vec<usize> = Vec::new();
+    for i in order {
+        let mut best: Option<(usize, f64)> = None;
+        for &star in &stars {
+            let s = if norm[star] == norm[i] { 1.0 } else { jaccard(&sets[star], &sets[i]) };
+            if s >= params.threshold && best.is_none_or(|(_, so_far)| s > so_far) {
+                best = Some((star, s));
+            }
+        }
+        match best {
+            Some((star, s)) => {
+                representative[i] = star as u64;
+                similarity[i] = s as f32;
+            }
+            None => stars.push(i),
+        }
+    }
+    (representative, similarity)
+}
+
+/// All pairs `i < j` of non-empty texts whose Jaccard similarity reaches the threshold.
+pub fn pairs(texts: &[&str], params: &DedupParams) -> Vec<(usize, usize)> {
+    let sets: Vec<Vec<u64>> = texts.iter().map(|t| shingles(t, params.shingle)).collect();
+    let mut out = Vec::new();
+    for i in 0..sets.len() {
+        for j in i + 1..sets.len() {
+            if jaccard(&sets[i], &sets[j]) >= params.threshold {
+                out.push((i, j));
+            }
+        }
+    }
+    out
+}
+
+/// Words or characters of the normalised text, as strings.
+fn units(text: &str) -> (Unit, Vec<String>) {
+    let norm = normalize(text);
+    let unit = unit_of(&norm);
+    if unit == Unit::Char {
+        return (unit, norm.chars().filter(|&c| is_word_char(c)).map(String::from).collect());
+    }
+    let mut words: Vec<String> = Vec::new();
+    let mut inside = false;
+    for c in norm.chars() {
+        let was_inside = inside;
+        inside = if inside { continues_word(c) } else { is_word_char(c) };
+        match words.last_mut() {
+            Some(word) if inside && was_inside => word.push(c),
+            _ if inside => words.push(c.into()),
+            _ => {}
+        }
+    }
+    (unit, words)
+}
+
+/// Hits by string n-grams in a map. Spans are those of ASCII texts: `start` and `end` are found by
+/// walking the original text's words, so pass ASCII when comparing spans.
+pub fn contamination(train: &[&str], eval: &[&str], params: &ContaminationParams) -> Vec<Hit> {
+    let mut first: BTreeMap<Vec<String>, usize> = BTreeMap::new();
+    let mut whole: BTreeMap<Vec<String>, usize> = BTreeMap::new();
+    let n_of = |unit| if unit == Unit::Word { params.words } else { params.chars };
+    for (row, text) in eval.iter().enumerate() {
+        let (unit, units) = units(text);
+        if !units.is_empty() {
+            whole.entry(units.clone()).or_insert(row);
+        }
+        for gram in units.windows(n_of(unit)) {
+            first.entry(gram.to_vec()).or_insert(row);
+        }
+    }
+    let mut rows_with: BTreeMap<Vec<String>, u32> = BTreeMap::new();
+    for text in train {
+        let (unit, units) = units(text);
+        let grams: BTreeSet<Vec<String>> = units.windows(n_of(unit)).map(<[_]>::to_vec).collect();
+        grams.into_iter().for_each(|g| *rows_with.entry(g).or_default() += 1);
+    }
+    let mut hits = Vec::new();
+    for (row, text) in train.iter().enumerate() {
+        let (unit, units) = units(text);
+        let spans = spans(text, &units);
+        let n = n_of(unit);
+        let mut best: Option<(usize, usize, usize)> = None;
+        let mut covered = vec![false; units.len()];
+        if let Some(&eval_row) = whole.get(&units) {
+            best = Some((eval_row, spans[0].0, spans[units.len() - 1].1));
+            covered.fill(true);
+        } else {
+            let at = |i: usize| {
+                let gram = units.get(i..i + n)?;
+                first.get(gram).filter(|_| rows_with[gram] <= params.common)
+            };
+            for i in 0..units.len() {
+                let Some(&eval_row) = at(i) else { continue };
+                covered[i..i + n].fill(true);
+                let mut last = i;
+                while at(last + 1).is_some() {
+                    last += 1;
+                }
+                let (start, end) = (spans[i].0, spans[last + n - 1].1);
+                if best.is_none_or(|(_, from, to)| end - start > to - from) {
+                    best = Some((eval_row, start, end));
+                }
+            }
+        }
+        if let Some((eval_row, start, end)) = best {
+            let count = covered.iter().filter(|c| **c).count();
+            hits.push(Hit {
+                train_row: row as u64,
+                eval_row: eval_row as u64,
+                start: start as u64,
+                end: end as u64,
+                overlap: count as f32 / units.len() as f32,
+            });
+        }
+    }
+    hits
+}
+
+/// Finds each unit in the lower-cased original, left to right.
+fn spans(text: &str, units: &[String]) -> Vec<(usize, usize)> {
+    let lower = text.to_ascii_lowercase();
+    let mut from = 0;
+    let find = |unit: &String| {
+        let start = lower[from..].find(unit.as_str()).map_or(from, |at| from + at);
+        let end = (start + unit.len()).min(lower.len());
+        from = end;
+        (start, end)
+    };
+    units.iter().map(find).collect()
+}

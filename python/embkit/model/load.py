@@ -1,0 +1,313 @@
+"""Load encoders: embkit exports, other sentence-transformers models, plain Hugging Face models.
+
+A local directory comes first; a hub id is looked for in the local cache, then on the hub with a
+short timeout, so that a machine without network gets an answer within seconds. Weights are read
+from safetensors only: a pickle is refused by name.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from embkit.errors import CorruptError, FormatError, UsageError
+from embkit.model.encoder import Encoder, new_projection, seeded
+from embkit.model.tokens import load_tokenizer, read_json
+
+VERSION = 1
+_HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[\w.-]+)?$")
+_HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*/config.json", "*/model.safetensors"]
+_LEGACY_POOLING = {
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_lasttoken": "last",
+}
+_NEW_POOLING = {"mean": "mean", "cls": "cls", "lasttoken": "last"}
+
+
+def load_encoder(
+    path: Path | str,
+    *,
+    dims: Sequence[int] | None = None,
+    pooling: str | None = None,
+    tokenizer: Any = None,
+    prompts: Mapping[str, str] | None = None,
+    max_length: Mapping[str, int] | None = None,
+    dropout: float | None = None,
+    seed: int = 0,
+) -> Encoder:
+    """Load an encoder; what is not given comes from the directory.
+
+    Args:
+        path: a directory (embkit export, sentence-transformers or plain Hugging Face), or a hub id.
+        dims: MRL widths; a width above the model's gets a random projection.
+        pooling: ``"mean"``, ``"cls"`` or ``"last"``.
+        tokenizer: instead of the directory's own.
+        prompts: text per role. max_length: tokens per role.
+        dropout: of states and attention, for training; default: what the config says.
+        seed: of a projection that has to be made.
+
+    Raises:
+        UsageError: no such directory or id, no tokenizer, or a layout that embkit does not speak.
+        CorruptError: no weights, or weights that are damaged or do not fit the config.
+    """
+    folder = _find(path)
+    if not (folder / "config.json").is_file():
+        raise CorruptError(
+            "The directory has no config.json: it holds no model.",
+            where=folder,
+            fix="give a directory that Encoder.export, SentenceTransformer or transformers wrote",
+        )
+    _check_weights(folder)
+    tokens = load_tokenizer(folder if tokenizer is None else tokenizer)
+    backbone = _backbone(folder, dropout)
+    ours, module = _ours(folder), _modules(folder)
+    projection = module.get("projection")
+    hidden = int(backbone.config.hidden_size)
+    if dims is None:
+        dims = ours.get("dims") or [projection.out_features if projection else hidden]
+    if projection is None and max(dims, default=0) > hidden:
+        with seeded(seed):
+            projection = new_projection(hidden, max(dims))
+    lengths = max_length or ours.get("max_length") or module.get("max_length")
+    return Encoder(
+        backbone,
+        tokens,
+        dims=dims,
+        pooling=pooling or module.get("pooling", "mean"),
+        projection=projection,
+        include_prompt=module.get("include_prompt", True),
+        prompts=prompts or ours.get("prompts") or module.get("prompts"),
+        max_length=lengths,
+    ).eval()
+
+
+def _find(path: Path | str) -> Path:
+    """The local directory of a path or hub id."""
+    folder = Path(path)
+    if folder.is_dir():
+        inside = folder / "model"  # a training run or soup publishes its model there
+        whole = (folder / "config.json").is_file() or not (inside / "config.json").is_file()
+        return folder if whole else inside
+    if folder.exists():
+        raise UsageError("A model is a directory, this is a file.", where=folder, fix="give it")
+    nowhere = UsageError(
+        f"No model {str(path)!r}: neither a directory nor a model id that can be reached.",
+        where=folder,
+        fix="check the spelling; without network, download the model first and give its directory",
+    )
+    if not _HUB_ID.match(str(path)):
+        raise nowhere
+    from huggingface_hub import snapshot_download
+
+    for offline in (True, False):
+        try:
+            found = snapshot_download(
+                str(path),
+                allow_patterns=_HUB_FILES,
+                local_files_only=offline,
+                etag_timeout=5,
+                max_workers=2,
+            )
+            return Path(found)
+        except Exception as error:  # the hub client has a dozen kinds, all of them mean "not here"
+            nowhere.__cause__ = error
+    raise nowhere
+
+
+def _check_weights(folder: Path) -> None:
+    names = {p.name for p in folder.iterdir()}
+    if names & {"model.safetensors", "model.safetensors.index.json"}:
+        return
+    pickles = sorted(n for n in names if n.endswith((".bin", ".pt", ".pth", ".ckpt")))
+    if pickles:
+        raise CorruptError(
+            f"The weights are a pickle ({pickles[0]}), which embkit does not load.",
+            where=folder,
+            fix="convert once: AutoModel.from_pretrained(DIR)"
+            ".save_pretrained(DIR, safe_serialization=True)",
+        )
+    raise CorruptError(
+        "The model directory has no weights (model.safetensors).",
+        where=folder,
+        fix="copy the whole directory again, or give another model",
+    )
+
+
+def _backbone(folder: Path, dropout: float | None) -> Any:
+    from transformers import AutoConfig, AutoModel
+
+    read_json(folder / "config.json")
+    overrides: dict[str, Any] = {}
+    if dropout is not None:
+        overrides = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
+    try:
+        with quiet(), seeded(0):
+            config = AutoConfig.from_pretrained(folder, local_files_only=True, **overrides)
+            model, report = AutoModel.from_pretrained(
+                folder,
+                config=config,
+                local_files_only=True,
+                use_safetensors=True,
+                attn_implementation="sdpa",
+                torch_dtype=torch.float32,
+                output_loading_info=True,
+            )
+    except (ValueError, KeyError) as error:
+        raise UsageError(
+            f"transformers cannot build this model: {_first_line(error)}",
+            where=folder / "config.json",
+            fix="use a model type that transformers knows without remote code",
+        ) from error
+    except Exception as error:  # SafetensorError, RuntimeError (sizes), OSError of a short file
+        raise CorruptError(
+            f"The weights cannot be read: {_first_line(error)}",
+            where=folder,
+            fix="copy the model directory again",
+        ) from error
+    missing = sorted(k for k in report["missing_keys"] if not k.startswith("pooler."))
+    wrong = report.get("mismatched_keys") or []
+    if missing or wrong:
+        first = missing[0] if missing else str(next(iter(wrong)))
+        raise CorruptError(
+            f"The weights do not fit config.json: {len(missing)} missing, {len(wrong)} of another "
+            f"shape (first: {first}).",
+            where=folder,
+            fix="give the directory whose config and weights belong together",
+        )
+    if getattr(model, "pooler", None) is not None:
+        model.pooler = None  # BERT's tanh pooler: never used, and must not be trained or exported
+    return model
+
+
+def _ours(folder: Path) -> dict[str, Any]:
+    """embkit.json: what the sentence-transformers files cannot say."""
+    path = folder / "embkit.json"
+    if not path.is_file():
+        return {}
+    content = read_json(path)
+    if content.get("format") != "embkit.model":
+        raise CorruptError("embkit.json is not of a model.", where=path, fix="export it again")
+    if int(content.get("version", 0)) > VERSION:
+        raise FormatError(
+            f"The model was written by a newer embkit (model format {content['version']}, this one "
+            f"reads {VERSION}).",
+            where=path,
+            fix="upgrade embkit",
+        )
+    return content
+
+
+def _modules(folder: Path) -> dict[str, Any]:
+    """Pooling, projection, prompts and length from a sentence-transformers directory."""
+    out: dict[str, Any] = {}
+    listing = folder / "modules.json"
+    if not listing.is_file():
+        return out
+    for module in _read_list(listing):
+        kind = str(module.get("type", "")).rsplit(".", 1)[-1]
+        where = folder / str(module.get("path", ""))
+        if kind == "Pooling":
+            out |= _pooling(where / "config.json")
+        elif kind == "Dense":
+            if "projection" in out:
+                raise UsageError("embkit has one projection layer.", where=listing)
+            out["projection"] = _dense(where)
+        elif kind not in ("Transformer", "Normalize"):
+            raise UsageError(
+                f"Unknown sentence-transformers module {kind}.",
+                where=listing,
+                fix="embkit reads Transformer, Pooling, Dense (Identity) and Normalize",
+            )
+    settings = folder / "sentence_bert_config.json"
+    if settings.is_file() and (length := read_json(settings).get("max_seq_length")):
+        out["max_length"] = {"query": int(length), "passage": int(length)}
+    described = folder / "config_sentence_transformers.json"
+    if described.is_file():
+        given = read_json(described).get("prompts") or {}
+        passage = given.get("passage", given.get("document", ""))
+        out["prompts"] = {"query": given.get("query", ""), "passage": passage}
+    return out
+
+
+def _pooling(path: Path) -> dict[str, Any]:
+    config = read_json(path)
+    modes = [name for key, name in _LEGACY_POOLING.items() if config.get(key)]
+    if not modes and config.get("pooling_mode") in _NEW_POOLING:
+        modes = [_NEW_POOLING[config["pooling_mode"]]]
+    if len(modes) != 1:
+        raise UsageError(
+            "The pooling of this model is not mean, cls or last token alone.", where=path
+        )
+    return {"pooling": modes[0], "include_prompt": bool(config.get("include_prompt", True))}
+
+
+def _dense(folder: Path) -> nn.Linear:
+    from safetensors.torch import load_file
+
+    config = read_json(folder / "config.json")
+    activation = str(config.get("activation_function", "")).rsplit(".", 1)[-1]
+    if activation != "Identity" or config.get("bias"):
+        raise UsageError(
+            f"The Dense module has activation {activation or 'Tanh'} and bias "
+            f"{bool(config.get('bias'))}; embkit's projection is linear without bias.",
+            where=folder / "config.json",
+        )
+    weights = folder / "model.safetensors"
+    if not weights.is_file():
+        raise CorruptError(
+            "The projection has no model.safetensors.", where=folder, fix="copy the model again"
+        )
+    try:
+        weight = load_file(weights)["linear.weight"].float()
+    except Exception as error:
+        raise CorruptError(
+            f"The projection cannot be read: {error}", where=weights, fix="copy the model again"
+        ) from error
+    layer = nn.Linear(int(config["in_features"]), int(config["out_features"]), bias=False)
+    if layer.weight.shape != weight.shape:
+        raise CorruptError(
+            f"The projection is {list(weight.shape)}, its config says {list(layer.weight.shape)}.",
+            where=weights,
+            fix="copy the model again",
+        )
+    layer.weight.data.copy_(weight)
+    return layer
+
+
+def _read_list(path: Path) -> list[dict[str, Any]]:
+    import json
+
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise CorruptError(f"Not JSON: {error}", where=path, fix="copy it again") from error
+    if not isinstance(value, list) or not all(isinstance(v, dict) for v in value):
+        raise CorruptError("Expected a list of modules.", where=path, fix="copy it again")
+    return value
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep transformers' loading report and bars off the screen: we check the report ourselves."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

@@ -1,0 +1,112 @@
+"""Checks before the first step: what cannot work is refused, with its reason."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from embkit import container
+from embkit.errors import CorruptError, UsageError
+from embkit.model.encoder import positions
+from embkit.model.tokens import load_tokenizer
+from embkit.train.checkpoint import Checkpoint
+
+if TYPE_CHECKING:
+    from embkit.model import Encoder
+
+
+def before_training(encoder: Encoder, store: Any) -> None:
+    """The store's tokens must be this encoder's tokens.
+
+    Raises:
+        UsageError: another tokenizer, more tokens than embeddings, or texts longer than the
+            position table.
+    """
+    theirs = load_tokenizer(store.tokenizer)
+    if theirs.json != encoder.tokenizer.json:
+        raise UsageError(
+            "The store was tokenised with another tokenizer than the encoder's.",
+            where=store.dir,
+            fix="tokenize again with this model's tokenizer, or start from a model made for the "
+            "store",
+        )
+    embeddings = encoder.backbone.get_input_embeddings().num_embeddings
+    if theirs.vocab_size > embeddings:
+        raise UsageError(
+            f"The tokenizer has {theirs.vocab_size} tokens, the model embeds {embeddings}.",
+            where=store.dir,
+            fix="use the tokenizer that belongs to the model",
+        )
+    longest = max(store.max_length.values())
+    if longest > positions(encoder.backbone):
+        raise UsageError(
+            f"Texts of the store have up to {longest} tokens, the model takes "
+            f"{positions(encoder.backbone)}.",
+            where=store.dir,
+            fix="tokenize with a smaller max_length_query and max_length_passage",
+        )
+
+
+def negatives_dir(negatives: Any) -> Path | None:
+    """The directory of mined negatives: a path, or an object that knows its own."""
+    if negatives is None:
+        return None
+    if not isinstance(negatives, (str, os.PathLike)):
+        negatives = getattr(negatives, "dir", None) or getattr(negatives, "path", None)
+    if not isinstance(negatives, (str, os.PathLike)):
+        raise UsageError(
+            "negatives is neither a directory nor what mine() returned.",
+            fix="give the directory that embkit mine wrote",
+        )
+    return Path(negatives)
+
+
+def read_negatives(folder: Path | None, store: Any) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Mined negatives by task: offsets u64 [m + 1] and store rows u64.
+
+    Raises:
+        CorruptError: not a directory of negatives, damaged, or rows beyond the store.
+    """
+    if folder is None:
+        return {}
+    container.read_manifest(folder, kind="embkit.negatives")
+    out = {}
+    for path in sorted(folder.glob("negatives-*.safetensors")):
+        columns = container.load(path, kind="embkit.negatives")
+        offsets, rows = columns["offsets"], columns["row"]
+        counts = np.diff(offsets.astype(np.int64))
+        if not len(offsets) or offsets[0] != 0 or (counts < 0).any():
+            raise CorruptError("The offsets do not ascend from 0.", where=path, fix="mine again")
+        if len(rows) and int(rows.max()) >= store.rows:
+            raise CorruptError(
+                f"Negatives name row {int(rows.max())}, the store has {store.rows}.",
+                where=path,
+                fix="mine again on this store",
+            )
+        out[path.stem.removeprefix("negatives-")] = (offsets, rows)
+    return out
+
+
+def checkpoint_fits(
+    found: Checkpoint, *, stage_digest: str, data_digest: str, cursor: Mapping[str, int]
+) -> None:
+    """A checkpoint must be of this very run.
+
+    Raises:
+        UsageError: it is of other settings, other data or another plan.
+    """
+    for field, want, what in (
+        ("stage_digest", stage_digest, "of other settings or another start model"),
+        ("data_digest", data_digest, "on other data: the store has changed"),
+        ("cursor", dict(cursor), "of another plan"),
+    ):
+        if found.state.get(field) != want:
+            raise UsageError(
+                f"The checkpoint is {what}.",
+                where=found.path,
+                fix="run with --fresh, or give the run another output directory",
+            )

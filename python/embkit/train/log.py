@@ -1,0 +1,113 @@
+"""log.jsonl, one line a step, and the batch that is saved when a step fails.
+
+The log is appended while the run goes and fsynced before each checkpoint; a resumed run first cuts
+it back to the checkpoint, so that it never shows a step twice and equals an uninterrupted run's.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+import numpy as np
+
+from embkit import _rust, container
+from embkit.errors import CorruptError
+
+if TYPE_CHECKING:
+    from embkit.train.batches import Batch
+
+
+class Log:
+    """Appends JSON lines to a file; open between :meth:`start` and :meth:`close`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._handle: IO[str] | None = None
+
+    def start(self, steps: int) -> None:
+        """Keep the lines of the first ``steps`` steps and open the file behind them.
+
+        Raises:
+            CorruptError: one of those lines is missing.
+        """
+        kept = read_log(self.path)[:steps] if self.path.is_file() else []
+        if [line.get("step") for line in kept] != list(range(1, steps + 1)):
+            raise CorruptError(
+                f"log.jsonl does not hold the {steps} steps that the checkpoint has done.",
+                where=self.path,
+                fix="run the stage again with --fresh",
+            )
+        text = "".join(_line(entry) for entry in kept)
+        _rust.publish_file(str(self.path), text.encode())
+        self._handle = self.path.open("a", encoding="utf-8")
+
+    def write(self, entry: Mapping[str, Any]) -> None:
+        """Append one line and hand it to the operating system."""
+        assert self._handle is not None
+        self._handle.write(_line(entry))
+        self._handle.flush()
+
+    def sync(self) -> None:
+        """Make the lines so far survive a power loss."""
+        if self._handle is not None:
+            os.fsync(self._handle.fileno())
+
+    def close(self) -> None:
+        """Sync and close."""
+        if self._handle is not None:
+            self.sync()
+            self._handle.close()
+            self._handle = None
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a log; a line that a kill has torn ends it."""
+    entries: list[dict[str, Any]] = []
+    for line in path.read_text("utf-8", errors="replace").splitlines(keepends=True):
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            break
+        if not line.endswith("\n") or not isinstance(entry, dict):
+            break
+        entries.append(entry)
+    return entries
+
+
+def save_failed_batch(folder: Path, batch: Batch) -> Path:
+    """Write a batch for inspection: rows, keys, tokens; returns the file."""
+    path = folder / f"failed-step-{batch.part.step + 1:06d}.safetensors"
+    mask = [m.mask.bool() for m in batch.micro]
+    lengths = np.concatenate([m.sum(1).numpy() for m in mask])
+    sides = batch.sides
+    container.save(
+        path,
+        {
+            "rows": batch.rows,
+            "tokens": np.concatenate(
+                [m.ids[k].numpy() for m, k in zip(batch.micro, mask, strict=True)]
+            ),
+            "offsets": np.concatenate([[0], np.cumsum(lengths)]).astype(np.uint64),
+            "examples": batch.part.examples,
+            "query": sides.query,
+            "positive": sides.positive,
+            "hard": sides.hard,
+            "query_key": sides.query_key,
+            "positive_key": sides.positive_key,
+            "hard_key": sides.hard_key,
+            "hard_mask": sides.hard_mask.astype(np.uint8),
+            "score": sides.score,
+            "weight": sides.weight,
+        },
+        kind="embkit.batch",
+        metadata={"task": batch.task, "step": str(batch.part.step + 1)},
+    )
+    return path
+
+
+def _line(entry: Mapping[str, Any]) -> str:
+    return json.dumps(entry, separators=(",", ":")) + "\n"

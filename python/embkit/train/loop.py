@@ -1,0 +1,428 @@
+"""The training loop that every recipe shares, and the two stages that are made of it.
+
+One global batch a step, of one task: forward in length-sorted micro-batches with the graph kept,
+one loss over all of them, one backward, one AdamW step. Everything that decides a step is a pure
+function of (configuration, step) or is in the checkpoint, so a run that is killed anywhere and
+started again writes the same log and the same model, bit for bit, on the same machine.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from embkit.errors import EmbkitError, Preempted, UsageError, nearest
+from embkit.losses import Outcome, TaskData, compute
+from embkit.progress import bar
+from embkit.recipe import Train
+from embkit.stage import digest_of, stage
+from embkit.train import checkpoint, checks
+from embkit.train.batches import Batch, Batches, prefetch
+from embkit.train.log import Log, save_failed_batch
+from embkit.train.optim import Optimizer, learning_rate
+from embkit.train.plan import Plan, Task, weights_for
+from embkit.train.signals import StopFlag
+
+if TYPE_CHECKING:
+    from embkit.model import Encoder
+
+# Settings that change what is seen or how fast, not one bit of the model.
+_FREE = ("data_threads", "log_every", "checkpoint_every", "keep_checkpoints")
+
+
+@dataclass
+class Profile:
+    """Seconds of a run by what they were spent on, and the tokens they were spent on."""
+
+    wait: float = 0.0
+    forward: float = 0.0
+    loss: float = 0.0
+    backward: float = 0.0
+    optimizer: float = 0.0
+    checkpoint: float = 0.0
+    other: float = 0.0
+    tokens: int = 0
+    padded: int = 0
+    steps: int = 0
+
+    @property
+    def total(self) -> float:
+        """Seconds of all steps, checkpoints left out."""
+        model = self.forward + self.loss + self.backward + self.optimizer
+        return model + self.wait + self.other
+
+    @property
+    def overhead(self) -> float:
+        """Share of a step outside forward, loss, backward and optimizer."""
+        return (self.wait + self.other) / max(self.total, 1e-12)
+
+
+def prefinetune(
+    encoder: Encoder,
+    store: Any,
+    *,
+    out: Path | str,
+    config: Train | None = None,
+    fresh: bool = False,
+    **overrides: Any,
+) -> Encoder:
+    """First stage: from pre-trained (or random) weights to an encoder, on in-batch negatives.
+
+    Args:
+        encoder: where to start; a copy is trained, the argument is left alone.
+        store: an ``embkit.data.Store`` or its directory.
+        out: the run directory: model/, checkpoints/, log.jsonl, manifest.json.
+        config: settings; defaults when None.
+        fresh: forget a finished or partial run in ``out``.
+        **overrides: single settings by name, e.g. ``steps=500``.
+
+    Returns:
+        The trained encoder, in evaluation mode.
+
+    Raises:
+        UsageError: a wrong setting, a store of another tokenizer, a task smaller than a batch.
+        Preempted: SIGTERM came; a checkpoint is written and the same call resumes.
+        EmbkitError: the loss is no finite number; the batch is saved.
+    """
+    chosen = _config(config, overrides)
+    return train(encoder, store, name="prefinetune", out=out, config=chosen, fresh=fresh)[0]
+
+
+def finetune(
+    encoder: Encoder,
+    store: Any,
+    *,
+    negatives: Any = None,
+    out: Path | str,
+    config: Train | None = None,
+    fresh: bool = False,
+    **overrides: Any,
+) -> Encoder:
+    """Second stage: single-task batches, with mined hard negatives.
+
+    Args:
+        negatives: what :func:`embkit.mine.mine` returned, or its directory; None uses the
+            negatives in the examples, if any.
+        encoder, store, out, config, fresh, **overrides: as for :func:`prefinetune`; give each run
+            of a soup its own ``out`` and ``seed``.
+
+    Returns:
+        The trained encoder, in evaluation mode.
+
+    Raises:
+        As :func:`prefinetune`; CorruptError for negatives of another store.
+    """
+    chosen = _config(config, overrides)
+    return train(
+        encoder, store, name="finetune", out=out, config=chosen, negatives=negatives, fresh=fresh
+    )[0]
+
+
+def train(
+    encoder: Encoder,
+    store: Any,
+    *,
+    name: str,
+    out: Path | str,
+    config: Train,
+    negatives: Any = None,
+    fresh: bool = False,
+) -> tuple[Encoder, Profile]:
+    """What both stages are: a resumable run published as one directory.
+
+    Args:
+        name: of the stage. The others: see :func:`prefinetune`.
+
+    Returns:
+        The trained encoder and where the time went (all zero when the run was there already).
+    """
+    from embkit.data.loader import as_store
+    from embkit.model import Encoder
+    from embkit.model.export import export
+
+    store = as_store(store)
+    mined = checks.negatives_dir(negatives)
+    params = {k: v for k, v in _plain(config).items() if k not in _FREE}
+    params["init"] = encoder.digest()
+    inputs = [store.dir, *([mined] if mined else [])]
+    with stage(
+        out, name=name, params=params, inputs=inputs, kind="embkit.run", fresh=fresh
+    ) as work:
+        if work.done:
+            return Encoder.from_pretrained(work.out / "model"), Profile()
+        checks.before_training(encoder, store)
+        data = _tasks(store, config, checks.read_negatives(mined, store))
+        run = _Run(copy.deepcopy(encoder), store, data, config, work.dir, work.digest)
+        run.adopt_sides()
+        with deterministic(), bar(name.capitalize(), total=config.steps, unit="steps") as progress:
+            run.all(progress)
+        export(run.encoder, work.dir / "model", name=Path(out).name)
+        work.publish(
+            {
+                "steps": config.steps,
+                "tasks": [{"name": t.name, "kind": t.kind, "examples": len(t)} for t in data],
+                "skipped": {t.name: t.skipped for t in data if t.skipped},
+                "init_sha256": run.init_sha256,
+                "model_digest": run.encoder.digest(),
+            }
+        )
+    return run.encoder.eval(), run.profile
+
+
+class _Run:
+    """One run in its partial directory."""
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        store: Any,
+        data: list[TaskData],
+        config: Train,
+        folder: Path,
+        digest: str,
+    ) -> None:
+        self.encoder, self.config, self.folder, self.digest = encoder, config, folder, digest
+        self.store = store
+        self.data_digest = digest_of(store.dir)
+        asked = {name: weight for name, weight in config.tasks.items() if weight > 0}
+        weights = weights_for({t.name: len(t) for t in data}, asked)
+        tasks = [Task(name=t.name, examples=len(t), weight=weights[t.name]) for t in data]
+        self.plan = Plan(seed=config.seed, tasks=tasks, batch_size=config.batch_size)
+        self.batches = Batches(
+            self.plan,
+            data,
+            store,
+            seed=config.seed,
+            hard=config.hard_negatives,
+            token_budget=config.token_budget,
+            pad_id=encoder.tokenizer.pad_id,
+        )
+        self.init_sha256 = checkpoint.sha256_tensors(encoder.state_dict())
+        self.optimizer = Optimizer(encoder, config)
+        self.profile = Profile()
+        self.log = Log(folder / "log.jsonl")
+        self.threads = torch.get_num_threads()
+
+    def adopt_sides(self) -> None:
+        """The encoder serves with the prompts and lengths that the store was made with."""
+        self.encoder.prompts = {**self.encoder.prompts, **self.store.prompts}
+        self.encoder.max_length = {**self.encoder.max_length, **self.store.max_length}
+
+    def all(self, progress: Any) -> None:
+        """Every step that is still to do."""
+        self.encoder.train()
+        with torch.random.fork_rng(devices=[]), StopFlag() as stop, _threads(self.threads):
+            torch.manual_seed(self.config.seed)
+            start = self._resume()
+            progress.update(start)
+            steps = self.config.steps
+            ahead = prefetch(self.batches, start, steps, threads=self.config.data_threads)
+            mark = time.perf_counter()
+            try:
+                for batch in ahead:
+                    began = time.perf_counter()
+                    self.profile.wait += began - mark
+                    shown = self._step(batch)
+                    done = batch.part.step + 1
+                    stopping = stop.requested and done < steps
+                    if done % self.config.checkpoint_every == 0 or done == steps or stopping:
+                        self._save(done)
+                    if stopping:
+                        raise Preempted(
+                            f"SIGTERM: stopped after step {done} of {steps} with a checkpoint.",
+                            where=self.folder,
+                            fix="run the same command again to go on",
+                        )
+                    if done % self.config.log_every == 0 or done == steps:
+                        progress.update(done, loss=shown, task=batch.task)
+                    mark = time.perf_counter()
+            finally:
+                ahead.close()  # type: ignore[attr-defined]
+                self.log.close()
+
+    def _step(self, batch: Batch) -> float:
+        """Forward, loss, backward, update, log line; returns the loss."""
+        clock = _Clock(self.profile)
+        device = self.encoder.device
+        parts = [
+            self.encoder(m.ids.to(device), m.mask.to(device), m.prompt_len.to(device))
+            for m in batch.micro
+        ]
+        e_RD = torch.cat(parts) if len(parts) > 1 else parts[0]
+        clock.lap("forward")
+        out = compute(
+            e_RD, batch.query, batch.positive, batch.hard, batch.sides,
+            dims=self.encoder.dims, config=self.config,
+        )  # fmt: skip
+        loss = float(out.loss.detach())
+        if not math.isfinite(loss):
+            self._fail(batch, f"The loss of step {batch.part.step + 1} is {loss}.")
+        clock.lap("loss")
+        (out.loss * batch.part.weight).backward()
+        clock.lap("backward")
+        rate = learning_rate(self.config, batch.part.step)
+        norm = self.optimizer.step(rate)
+        if not math.isfinite(norm):
+            self._fail(batch, f"The gradient norm of step {batch.part.step + 1} is {norm}.")
+        clock.lap("optimizer")
+        self._write(batch, loss, out, rate, norm)
+        self.profile.steps += 1
+        self.profile.tokens += batch.tokens
+        self.profile.padded += batch.padded
+        clock.lap("other")
+        return loss
+
+    def _write(self, batch: Batch, loss: float, out: Outcome, rate: float, norm: float) -> None:
+        """One line a step, without times: the log of two equal runs is equal byte for byte."""
+        per_dim = out.per_dim.detach().tolist()
+        self.log.write(
+            {
+                "step": batch.part.step + 1,
+                "task": batch.task,
+                "epoch": batch.part.epoch,
+                "loss": loss,
+                "loss_hex": loss.hex(),
+                "loss_per_dim": dict(zip(map(str, self.encoder.dims), per_dim, strict=True)),
+                "lr": rate,
+                "grad_norm": norm,
+                "tokens": batch.tokens,
+                "padded": batch.padded,
+                "rows": len(batch.rows),
+            }
+        )
+
+    def _save(self, done: int) -> None:
+        began = time.perf_counter()
+        self.log.sync()
+        optimizer, count = self.optimizer.tensors()
+        optimizer["rng.torch"] = torch.get_rng_state()
+        checkpoint.save(
+            self.folder / "checkpoints",
+            step=done,
+            model=self.encoder.state_dict(),
+            optimizer=optimizer,
+            state={
+                "stage_digest": self.digest,
+                "data_digest": self.data_digest,
+                "init_sha256": self.init_sha256,
+                "seed": self.config.seed,
+                "config": _plain(self.config),
+                "cursor": dict(
+                    zip(
+                        (t.name for t in self.plan.tasks), self.plan.count_before(done), strict=True
+                    )
+                ),
+                "optimizer_steps": count,
+                "torch_threads": self.threads,
+                "torch": torch.__version__.partition("+")[0],
+                "world": 1,
+            },
+            keep=self.config.keep_checkpoints,
+        )
+        self.profile.checkpoint += time.perf_counter() - began
+
+    def _resume(self) -> int:
+        """Steps done: the state of the newest checkpoint is loaded, the log cut to it."""
+        found = checkpoint.load_latest(self.folder / "checkpoints")
+        if found is None:
+            self.log.start(0)
+            return 0
+        state = found.state
+        names = [t.name for t in self.plan.tasks]
+        cursor = dict(zip(names, self.plan.count_before(int(state["step"])), strict=True))
+        checks.checkpoint_fits(
+            found, stage_digest=self.digest, data_digest=self.data_digest, cursor=cursor
+        )
+        self.encoder.load_state_dict(found.model)
+        torch.set_rng_state(found.optimizer.pop("rng.torch"))
+        self.optimizer.restore(found.optimizer, int(state["optimizer_steps"]))
+        self.threads = int(state["torch_threads"])
+        torch.set_num_threads(self.threads)
+        self.log.start(int(state["step"]))
+        return int(state["step"])
+
+    def _fail(self, batch: Batch, what: str) -> None:
+        path = save_failed_batch(self.folder, batch)
+        raise EmbkitError(
+            what,
+            where=f"task {batch.task}; its batch is in {path}",
+            fix="look at that batch; a lower lr, a longer warm-up or a higher temperature helps "
+            "when the data is sound",
+        )
+
+
+class _Clock:
+    """Adds the time between laps to the fields of a profile."""
+
+    def __init__(self, profile: Profile) -> None:
+        self.profile, self.last = profile, time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        setattr(self.profile, name, getattr(self.profile, name) + now - self.last)
+        self.last = now
+
+
+@contextmanager
+def deterministic() -> Iterator[None]:
+    """Deterministic algorithms inside; torch's other settings as they were."""
+    was = torch.are_deterministic_algorithms_enabled()
+    memory: Any = torch.utils.deterministic  # a module property that type checkers do not see
+    fill = memory.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    # Filling every new buffer with NaN finds reads of uninitialised memory; it costs a tenth of
+    # the step, and the tests of the kernels do it.
+    memory.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(was)
+        memory.fill_uninitialized_memory = fill
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    was = torch.get_num_threads()
+    if was != count:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        if torch.get_num_threads() != was:
+            torch.set_num_threads(was)
+
+
+def _config(config: Train | None, overrides: Mapping[str, Any]) -> Train:
+    """Settings with single ones replaced; raises UsageError with the nearest name."""
+    known = {f.name for f in dataclasses.fields(Train)}
+    for key in overrides:
+        if key not in known:
+            raise UsageError(f"Unknown setting {key!r}.", fix=nearest(key, known))
+    return dataclasses.replace(config or Train(), **overrides)
+
+
+def _plain(config: Train) -> dict[str, Any]:
+    """A configuration as JSON types."""
+    plain = dataclasses.asdict(dataclasses.replace(config, tasks=dict(config.tasks)))
+    plain["betas"] = list(config.betas)
+    return plain
+
+
+def _tasks(store: Any, config: Train, negatives: Mapping[str, Any]) -> list[TaskData]:
+    """The data of every task of positive weight."""
+    tables = store.tasks()
+    weights = weights_for({n: len(t.query) for n, t in tables.items()}, config.tasks)
+    return [
+        TaskData.of(table, negatives=negatives.get(name))
+        for name, table in tables.items()
+        if weights[name] > 0
+    ]

@@ -1,0 +1,183 @@
+"""A tiny token store, made from texts that rhyme: enough structure for a loss to fall."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+
+from embkit import _rust, container
+from embkit.data import Store
+from embkit.data.tables import Examples
+from embkit.model import Encoder
+from embkit.recipe import Model
+from embkit.stage import stage
+
+SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+WORDS = [f"w{i}" for i in range(200)]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Any:
+    """Small tensors: more threads only cost time, and the other tests need the cores."""
+    was = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(was)
+
+
+def tiny_tokenizer() -> Tokenizer:
+    """Whole words, lower-cased, [CLS] and [SEP] around them."""
+    vocab = {word: i for i, word in enumerate([*SPECIAL, *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    return tokenizer
+
+
+def texts_and_tables(seed: int, examples: int) -> tuple[list[str], list[Examples]]:
+    """Pairs that share words (retrieval), graded pairs (sts) and texts of three classes."""
+    rng = np.random.default_rng(seed)
+    texts: list[str] = []
+
+    def add(words: np.ndarray) -> int:
+        texts.append(" ".join(WORDS[int(w)] for w in words))
+        return len(texts) - 1
+
+    query, positive, negative = [], [], []
+    for _ in range(examples):
+        topic = rng.integers(0, 200, 12)
+        query.append(add(topic[: rng.integers(2, 6)]))
+        positive.append(add(rng.permutation(topic)[: rng.integers(4, 12)]))
+        negative.append([add(rng.integers(0, 200, 7)) for _ in range(int(rng.integers(0, 4)))])
+    tables = [table("retrieval", "retrieval", query, [[p] for p in positive], negative)]
+    first = [add(rng.integers(0, 200, 6)) for _ in range(examples)]
+    second = [add(rng.integers(0, 200, 6)) for _ in range(examples)]
+    score = rng.integers(0, 5, examples).astype(np.float32)
+    tables.append(table("sts", "sts", first, [[s] for s in second], score=score))
+    label = rng.integers(0, 3, examples).astype(np.int32)
+    group = [add(rng.integers(60 * c, 60 * c + 60, 5)) for c in label]
+    tables.append(table("topics", "classification", group, label=label))
+    return texts, tables
+
+
+def table(
+    name: str,
+    kind: str,
+    query: list[int],
+    positive: list[list[int]] | None = None,
+    negative: list[list[int]] | None = None,
+    *,
+    score: np.ndarray | None = None,
+    label: np.ndarray | None = None,
+) -> Examples:
+    """An examples table from Python lists."""
+    m = len(query)
+
+    def jagged(lists: list[list[int]] | None) -> tuple[np.ndarray, np.ndarray]:
+        lists = lists or [[] for _ in range(m)]
+        counts = np.cumsum([0, *map(len, lists)]).astype(np.uint64)
+        return counts, np.array([v for one in lists for v in one], np.uint64)
+
+    p_off, p = jagged(positive)
+    n_off, n = jagged(negative)
+    return Examples(
+        name=name,
+        kind=kind,
+        query=np.array(query, np.uint64),
+        positive_offsets=p_off,
+        positive=p,
+        negative_offsets=n_off,
+        negative=n,
+        negative_score=np.full(len(n), np.nan, np.float32),
+        score=np.full(m, np.nan, np.float32) if score is None else score,
+        label=np.full(m, -1, np.int32) if label is None else label,
+        weight=np.ones(m, np.float32),
+        provenance=np.zeros(m, np.uint32),
+        labels=() if label is None else ("a", "b", "c"),
+    )
+
+
+def write_store(
+    out: Path, texts: list[str], tables: list[Examples], *, cluster: np.ndarray | None = None
+) -> Store:
+    """A store directory as docs/formats.md has it."""
+    tokenizer = tiny_tokenizer()
+    rows = [e.ids for e in tokenizer.encode_batch(texts)]
+    n = len(rows)
+    text_id = np.arange(n, dtype=np.uint64) * 7 + 1
+    raw = [t.encode() for t in texts]
+    with stage(out, name="tokenize", params={}, kind="embkit.store", fresh=True) as work:
+        name = "-00000-of-00001.safetensors"
+        shared = {"text_id": text_id, "cluster": text_id if cluster is None else cluster}
+        container.save(
+            work.dir / f"texts{name}",
+            {
+                "offsets": np.cumsum([0, *map(len, rows)]).astype(np.uint64),
+                **shared,
+                "tokens": np.concatenate(rows).astype(np.uint16),
+                "source": np.zeros(n, np.uint16),
+                "prompt_len": np.zeros(n, np.uint16),
+                "role": np.full(n, 2, np.uint8),
+            },
+            kind="embkit.texts",
+        )
+        container.save(
+            work.dir / f"raw{name}",
+            {
+                "offsets": np.cumsum([0, *map(len, raw)]).astype(np.uint64),
+                **shared,
+                "text": np.frombuffer(b"".join(raw), np.uint8),
+            },
+            kind="embkit.raw",
+        )
+        for i, one in enumerate(tables):
+            one.save(work.dir, index=i)
+        (work.dir / "tokenizer").mkdir(exist_ok=True)
+        tokenizer.save(str(work.dir / "tokenizer" / "tokenizer.json"))
+        fingerprint = _rust.blake3_file(str(work.dir / "tokenizer" / "tokenizer.json"))
+        work.publish(
+            {
+                "tasks": [
+                    {"name": t.name, "kind": t.kind, "labels": list(t.labels), "examples": len(t)}
+                    for t in tables
+                ],
+                "sources": [],
+                "tokenizer": {"fingerprint": fingerprint, "vocab_size": 205, "backend": "test"},
+                "prompts": {"query": "", "passage": ""},
+                "max_length": {"query": 32, "passage": 32},
+                "counts": {"rows": n, "tokens": sum(map(len, rows)), "shards": 1},
+            }
+        )
+    return Store(out)
+
+
+@pytest.fixture(scope="session")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """90 examples of each of three tasks."""
+    return write_store(tmp_path_factory.mktemp("data") / "store", *texts_and_tables(0, 90))
+
+
+@pytest.fixture
+def make_encoder() -> Callable[..., Encoder]:
+    """Makes a tiny encoder for the tiny store; settings of recipe.Model by name."""
+
+    def make(**settings: Any) -> Encoder:
+        sizes: dict[str, Any] = {
+            "hidden": 32, "layers": 2, "heads": 2, "intermediate": 64, "dims": (32, 16, 8),
+        }  # fmt: skip
+        return Encoder.from_config(
+            Model(**{**sizes, **settings}),
+            tiny_tokenizer(),
+            max_length={"query": 32, "passage": 32},
+        )
+
+    return make

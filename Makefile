@@ -56,7 +56,7 @@ lint: $(VENV)/.built ## Format and lint checks, types
 bench: $(VENV)/.built ## Benchmarks of one group beside their rivals: make bench GROUP=kernels
 	@$(BIN)/embkit bench $(GROUP)
 
-gpu: $(VENV)/.built ## On a machine with a GPU: GPU tests, then kernel and training benches
+gpu: $(VENV)/.built ## On a machine with a GPU: GPU tests, then the kernel benches
 	@$(BIN)/python -m pytest -q -m gpu tests
 	@$(BIN)/embkit bench kernels --json benches/results/kernels-gpu.json
 

@@ -114,10 +114,9 @@ class _Run:
         self._stage("soup", "uniform and greedy, judged on dev")
         from embkit.soup import soup
 
-        dev = self.data / "dev"
         soups = {
-            "uniform": soup(tuned, out=out / "uniform", select="uniform", on=dev),
-            "greedy": soup(tuned, out=out / "soup", select="greedy", on=dev),
+            "uniform": soup(tuned, out=out / "uniform", select="uniform"),
+            "greedy": soup(tuned, out=out / "soup", select="greedy", on=self.data / "dev"),
         }
 
         self._stage("evaluate", "every width from one encode")
@@ -181,10 +180,7 @@ class _Run:
             "recipe": self.recipe.name,
             "dims": list(models["pre-finetuned"].dims),
             "scores": scores,
-            "soup": {
-                name: _read_json(self.out / folder / "report.json")
-                for name, folder in (("uniform", "uniform"), ("greedy", "soup"))
-            },
+            "soup": _read_json(self.out / "soup" / "report.json"),
             "dedup": _read_json(self.out / "clean" / "report.json"),
             "mine": _read_json(self.out / "mined" / "report.json"),
         }
@@ -230,7 +226,7 @@ class _Run:
                     where=self.out / "model",
                     fix="please report it with result.json",
                 )
-        kept = result["soup"]["greedy"].get("kept", [])
+        kept = result["soup"]["kept"]
         print(f"greedy soup: kept {len(kept)} of {len(self.recipe.runs)} runs")
         print(f"report: {self.out / 'report.html'}")
         print("\nUse the model:\n")
@@ -410,9 +406,10 @@ def _clear(out: Path, from_stage: str | None) -> None:
 
 
 def _sample_texts(data: Path) -> list[str]:
-    from embkit.evaluate import sample_texts
+    """Some real texts of several lengths, to compare the export on."""
+    from embkit.evaluate.tasks import load_split, texts_of
 
-    return sample_texts(data / "test", 64)
+    return [text for found in load_split(data / "test") for text in texts_of(found)[:32]]
 
 
 def _read_json(path: Path) -> dict[str, Any]:

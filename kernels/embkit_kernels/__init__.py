@@ -1,0 +1,29 @@
+"""embkit's kernels: pooling and losses for text-embedding training, on torch alone.
+
+Each op has a specification in plain torch (`*_naive`, `*_ref`), a memory-bounded torch reference
+with a closed-form backward behind `torch.library` custom ops, and, where there is one, a Triton
+kernel. `EMBKIT_KERNELS=auto|triton|ref` chooses. Triton is optional; importing never needs it.
+"""
+
+from ._dispatch import KernelUnavailableError, provider
+from .cosent import cosent, cosent_naive, prefix_cosine
+from .infonce import infonce, infonce_naive, value_and_grads
+from .mean_pool import cls_pool, last_token_pool, mean_pool, mean_pool_ref
+from .spread_out import spread_out, spread_out_naive
+
+__all__ = [
+    "KernelUnavailableError",
+    "cls_pool",
+    "cosent",
+    "cosent_naive",
+    "infonce",
+    "infonce_naive",
+    "last_token_pool",
+    "mean_pool",
+    "mean_pool_ref",
+    "prefix_cosine",
+    "provider",
+    "spread_out",
+    "spread_out_naive",
+    "value_and_grads",
+]

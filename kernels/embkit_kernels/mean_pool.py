@@ -1,0 +1,278 @@
+"""Masked mean pooling of token states, padded or packed, without the prompt's tokens.
+
+    y_b = (1 / n_b) sum over the n_b kept tokens t of b of x_t        dx_t = g_b / n_b if t is kept
+
+Sums run in float32 (float64 for float64 states). A sequence with no kept token gives zeros and no
+gradient. States at dropped positions are never read into a sum, so NaN in the padding is harmless.
+Every sum has a fixed order: no atomics.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _dispatch
+from ._common import MIN_NORM, NAMESPACE, accumulate_dtype
+
+BLOCK = 1 << 20
+"""Elements of the largest temporary of a padded sum."""
+
+
+def mean_pool(
+    states: Tensor,
+    *,
+    lengths: Tensor | None = None,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    prompt_len: Tensor | int | None = None,
+    normalize: bool = False,
+) -> Tensor:
+    """Average the states of each sequence's kept tokens.
+
+    Args:
+        states: [B, L, H] padded, or [T, H] packed with `cu_seqlens`; any float dtype.
+        lengths: int [B], real tokens of each right-padded row.
+        mask: bool or int [B, L], nonzero where a token is real; any shape, left or right padding.
+        cu_seqlens: int [B + 1], sequence b is states[cu_seqlens[b]:cu_seqlens[b + 1]].
+        prompt_len: tokens to leave out at the start of each sequence (the first real ones),
+            int [B] or one int.
+        normalize: scale each result to unit length (a zero vector stays zero).
+
+    Returns:
+        [B, H] in the dtype of `states`. Padded states without lengths and mask average all L.
+
+    Raises:
+        ValueError: arguments that exclude each other, or shapes that do not fit.
+        TypeError: a floating-point mask.
+
+    Example:
+        >>> x = torch.tensor([[[1.0], [3.0], [9.0]]])
+        >>> mean_pool(x, lengths=torch.tensor([2])).item()
+        2.0
+    """
+    if cu_seqlens is not None:
+        if states.dim() != 2:
+            raise ValueError(f"packed states are [T, H], got {tuple(states.shape)}")
+        if lengths is not None or mask is not None:
+            raise ValueError("cu_seqlens excludes lengths and mask")
+        start, end = cu_seqlens[:-1], cu_seqlens[1:]
+        if prompt_len is not None:
+            _check_prompt(prompt_len, start.shape[0])
+            start = torch.minimum(start + prompt_len, end)
+        pooled = mean_pool_packed(states, start.to(torch.int64), end.to(torch.int64))
+    else:
+        pooled = mean_pool_padded(states, _kept(states, lengths, mask, prompt_len))
+    if normalize:
+        pooled = _unit(pooled)
+    return pooled.to(states.dtype)
+
+
+def mean_pool_ref(
+    states: Tensor,
+    *,
+    lengths: Tensor | None = None,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    prompt_len: Tensor | int | None = None,
+    normalize: bool = False,
+) -> Tensor:
+    """The specification of `mean_pool`: a loop over sequences in plain autograd."""
+    acc, out = accumulate_dtype(states), []
+    count = states.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+    prompts = torch.as_tensor(0 if prompt_len is None else prompt_len).expand(count).tolist()
+    for b in range(count):
+        if cu_seqlens is not None:
+            tokens = states[int(cu_seqlens[b]) : int(cu_seqlens[b + 1])]
+        elif mask is not None:
+            tokens = states[b][mask[b] != 0]
+        else:
+            tokens = states[b] if lengths is None else states[b, : int(lengths[b])]
+        tokens = tokens[prompts[b] :].to(acc)
+        y = tokens.mean(0) if len(tokens) else tokens.sum(0)
+        if normalize and bool(y.norm() > MIN_NORM):
+            y = y / y.norm()
+        out.append(y)
+    return torch.stack(out).to(states.dtype)
+
+
+def cls_pool(states: Tensor, *, mask: Tensor | None = None) -> Tensor:
+    """First real token of each row: [B, L, H] -> [B, H]; zeros where a row has none.
+
+    Args:
+        states: padded states [B, L, H].
+        mask: bool or int [B, L]; None means that every row starts at token 0.
+    """
+    keep = _kept(states, None, mask, None)
+    return _pick(states, keep.to(torch.int8).argmax(1), keep.any(1))
+
+
+def last_token_pool(
+    states: Tensor, *, lengths: Tensor | None = None, mask: Tensor | None = None
+) -> Tensor:
+    """Last real token of each row: [B, L, H] -> [B, H]; zeros where a row has none.
+
+    Args:
+        states: padded states [B, L, H].
+        lengths: int [B], real tokens of right-padded rows.
+        mask: bool or int [B, L], left or right padding.
+    """
+    keep = _kept(states, lengths, mask, None)
+    place = keep.shape[1] - 1 - keep.flip(1).to(torch.int8).argmax(1)
+    return _pick(states, place, keep.any(1))
+
+
+def _pick(states: Tensor, place: Tensor, real: Tensor) -> Tensor:
+    index = place[:, None, None].expand(-1, 1, states.shape[2])
+    return torch.where(real[:, None], states.gather(1, index).squeeze(1), 0)
+
+
+def _unit(y: Tensor) -> Tensor:
+    square = y.square().sum(-1, keepdim=True)
+    real = square > MIN_NORM**2
+    return y * torch.where(real, torch.where(real, square, 1).rsqrt(), 0)
+
+
+def _check_prompt(prompt_len: Tensor | int, count: int) -> None:
+    if isinstance(prompt_len, Tensor) and prompt_len.shape not in ((), (count,)):
+        raise ValueError(f"prompt_len has shape {tuple(prompt_len.shape)}, want ({count},)")
+
+
+def _kept(
+    states: Tensor, lengths: Tensor | None, mask: Tensor | None, prompt_len: Tensor | int | None
+) -> Tensor:
+    """Bool [B, L]: real tokens after the prompt."""
+    if states.dim() != 3:
+        raise ValueError(
+            f"padded states are [B, L, H], got {tuple(states.shape)}; "
+            "packed [T, H] needs cu_seqlens"
+        )
+    batch, length = states.shape[:2]
+    if lengths is not None and mask is not None:
+        raise ValueError("give lengths or mask, not both")
+    if lengths is not None:
+        if lengths.shape != (batch,):
+            raise ValueError(f"lengths has shape {tuple(lengths.shape)}, want ({batch},)")
+        keep = torch.arange(length, device=states.device) < lengths[:, None]
+    elif mask is not None:
+        if mask.is_floating_point():
+            raise TypeError("mask is floating point; a mask of real tokens is bool or int")
+        if mask.shape != (batch, length):
+            raise ValueError(f"mask has shape {tuple(mask.shape)}, want {(batch, length)}")
+        keep = mask != 0
+    else:
+        keep = torch.ones(batch, length, dtype=torch.bool, device=states.device)
+    if prompt_len is None:
+        return keep
+    _check_prompt(prompt_len, batch)
+    limit = prompt_len[..., None] if isinstance(prompt_len, Tensor) else prompt_len
+    return keep & (keep.to(torch.int32).cumsum(1) > limit)
+
+
+@torch.library.custom_op(
+    f"{NAMESPACE}::mean_pool_padded",
+    mutates_args=(),
+    schema="(Tensor states, Tensor keep) -> Tensor",
+)
+def mean_pool_padded(states: Tensor, keep: Tensor) -> Tensor:
+    """Mean over keep [B, L] of states [B, L, H], as [B, H] in the accumulation type."""
+    _dispatch.provider("mean_pool", states.device)
+    batch, length, width = states.shape
+    out = states.new_zeros(batch, width, dtype=accumulate_dtype(states))
+    step = max(1, BLOCK // max(1, length * width))
+    for b in range(0, batch, step):
+        part = torch.where(keep[b : b + step, :, None], states[b : b + step], 0)
+        torch.sum(part, dim=1, dtype=out.dtype, out=out[b : b + step])
+    return out.div_(keep.sum(1, keepdim=True).clamp_(min=1))
+
+
+@mean_pool_padded.register_fake
+def _(states: Tensor, keep: Tensor) -> Tensor:
+    return states.new_empty(states.shape[0], states.shape[2], dtype=accumulate_dtype(states))
+
+
+@torch.library.custom_op(
+    f"{NAMESPACE}::mean_pool_padded_backward",
+    mutates_args=(),
+    schema="(Tensor grad, Tensor keep, ScalarType dtype) -> Tensor",
+)
+def mean_pool_padded_backward(grad: Tensor, keep: Tensor, dtype: torch.dtype) -> Tensor:
+    """Spread grad [B, H] over the kept tokens: [B, L, H]."""
+    share = (grad / keep.sum(1, keepdim=True).clamp_(min=1)).to(dtype)
+    return torch.where(keep[:, :, None], share[:, None, :], 0)
+
+
+@mean_pool_padded_backward.register_fake
+def _(grad: Tensor, keep: Tensor, dtype: torch.dtype) -> Tensor:
+    return grad.new_empty(*keep.shape, grad.shape[1], dtype=dtype)
+
+
+def _padded_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[1])
+    ctx.dtype = inputs[0].dtype
+
+
+def _padded_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    (keep,) = ctx.saved_tensors
+    return mean_pool_padded_backward(grad, keep, ctx.dtype), None
+
+
+mean_pool_padded.register_autograd(_padded_backward, setup_context=_padded_setup)
+
+
+@torch.library.custom_op(
+    f"{NAMESPACE}::mean_pool_packed",
+    mutates_args=(),
+    schema="(Tensor states, Tensor start, Tensor end) -> Tensor",
+)
+def mean_pool_packed(states: Tensor, start: Tensor, end: Tensor) -> Tensor:
+    """Mean of states[start[b]:end[b]] of [T, H], as [B, H] in the accumulation type."""
+    _dispatch.provider("mean_pool", states.device)
+    out = states.new_zeros(start.shape[0], states.shape[1], dtype=accumulate_dtype(states))
+    # One call a sequence: no temporary, and no atomic as a segmented add would need on CUDA.
+    for b, (lo, hi) in enumerate(zip(start.tolist(), end.tolist(), strict=True)):
+        if hi > lo:
+            torch.sum(states[lo:hi], dim=0, dtype=out.dtype, out=out[b])
+    return out.div_((end - start).clamp_(min=1)[:, None])
+
+
+@mean_pool_packed.register_fake
+def _(states: Tensor, start: Tensor, end: Tensor) -> Tensor:
+    return states.new_empty(start.shape[0], states.shape[1], dtype=accumulate_dtype(states))
+
+
+@torch.library.custom_op(
+    f"{NAMESPACE}::mean_pool_packed_backward",
+    mutates_args=(),
+    schema="(Tensor grad, Tensor start, Tensor end, SymInt tokens, ScalarType dtype) -> Tensor",
+)
+def mean_pool_packed_backward(
+    grad: Tensor, start: Tensor, end: Tensor, tokens: int, dtype: torch.dtype
+) -> Tensor:
+    """Spread grad [B, H] over states[start[b]:end[b]]: [tokens, H], zeros elsewhere."""
+    count = start.shape[0]
+    share = (grad / (end - start).clamp_(min=1)[:, None]).to(dtype)
+    share = torch.cat([share, share.new_zeros(1, share.shape[1])])
+    token = torch.arange(tokens, device=grad.device)
+    row = torch.searchsorted(end, token, right=True)
+    first = torch.cat([start, start.new_full((1,), tokens)]).index_select(0, row)
+    return share.index_select(0, torch.where(token >= first, row, count))
+
+
+@mean_pool_packed_backward.register_fake
+def _(grad: Tensor, start: Tensor, end: Tensor, tokens: int, dtype: torch.dtype) -> Tensor:
+    return grad.new_empty(tokens, grad.shape[1], dtype=dtype)
+
+
+def _packed_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    states, start, end = inputs
+    ctx.save_for_backward(start, end)
+    ctx.tokens, ctx.dtype = states.shape[0], states.dtype
+
+
+def _packed_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    start, end = ctx.saved_tensors
+    return mean_pool_packed_backward(grad, start, end, ctx.tokens, ctx.dtype), None, None
+
+
+mean_pool_packed.register_autograd(_packed_backward, setup_context=_packed_setup)

@@ -177,7 +177,7 @@ fn layout<'t, 'a>(
     }
     if metadata.contains_key(HEADER_CRC) || metadata.len() + 2 > header::MAX_METADATA {
         return usage(
-            format!("metadata has the reserved key '{HEADER_CRC}' or more than 1,022 keys"),
+            format!("metadata has the reserved key '{HEADER_CRC}' or more than 62 keys"),
             "Leave that key out and put long tables into tensors",
         );
     }
@@ -340,7 +340,28 @@ impl Container {
     /// [`Error::Io`] when it cannot be read, [`Error::Corrupt`] when header, layout or (with
     /// [`Verify::Open`]) data contradict a checksum.
     pub fn open(path: impl AsRef<Path>, verify: Verify) -> Result<Container> {
-        let mut c = Container::map(path.as_ref(), verify)?;
+        let path = path.as_ref();
+        Container::ours(path, Map::open(path)?, verify)
+    }
+
+    /// [`Container::open`] on a copy of `bytes`; `path` only names it in errors.
+    pub fn from_bytes(path: &Path, bytes: &[u8], verify: Verify) -> Result<Container> {
+        Container::ours(path, Map::copy(bytes), verify)
+    }
+
+    /// Opens a plain safetensors file of another program: same checks of the header, no checksums.
+    pub fn open_foreign(path: impl AsRef<Path>) -> Result<Container> {
+        let path = path.as_ref();
+        Container::any(path, Map::open(path)?, Verify::Off)
+    }
+
+    /// [`Container::open_foreign`] on a copy of `bytes`; `path` only names it in errors.
+    pub fn foreign_from_bytes(path: &Path, bytes: &[u8]) -> Result<Container> {
+        Container::any(path, Map::copy(bytes), Verify::Off)
+    }
+
+    fn ours(path: &Path, map: Map, verify: Verify) -> Result<Container> {
+        let mut c = Container::any(path, map, verify)?;
         c.info = Some(header::check_ours(&c.path, c.map.bytes(), &c.header)?);
         let blocks = c.data().len().div_ceil(BLOCK);
         c.seen = (0..blocks.div_ceil(64)).map(|_| AtomicU64::new(0)).collect();
@@ -350,13 +371,7 @@ impl Container {
         Ok(c)
     }
 
-    /// Opens a plain safetensors file of another program: same checks of the header, no checksums.
-    pub fn open_foreign(path: impl AsRef<Path>) -> Result<Container> {
-        Container::map(path.as_ref(), Verify::Off)
-    }
-
-    fn map(path: &Path, verify: Verify) -> Result<Container> {
-        let map = Map::open(path)?;
+    fn any(path: &Path, map: Map, verify: Verify) -> Result<Container> {
         let header = header::parse(path, map.bytes())?;
         Ok(Container { path: path.to_owned(), map, header, info: None, verify, seen: Vec::new() })
     }

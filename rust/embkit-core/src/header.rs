@@ -6,7 +6,7 @@
 use crate::container::{Dtype, FileInfo};
 use crate::{Error, Result, crc32c};
 use serde::Deserialize;
-use serde::de::{Deserializer, Error as _, MapAccess, SeqAccess, Visitor};
+use serde::de::{DeserializeSeed, Deserializer, Error as _, MapAccess, SeqAccess, Visitor};
 use std::collections::BTreeMap;
 use std::fmt;
 use std::path::Path;
@@ -16,7 +16,10 @@ pub(crate) const MAX_HEADER: usize = 16 << 20;
 /// Highest rank of a tensor.
 pub(crate) const MAX_RANK: usize = 8;
 /// Most `__metadata__` keys.
-pub(crate) const MAX_METADATA: usize = 1024;
+pub(crate) const MAX_METADATA: usize = 64;
+/// No tensor takes fewer bytes in a header; together with the number of metadata keys this keeps
+/// what parsing allocates below four times the file.
+const MIN_ENTRY: usize = 48;
 /// Data begins at a multiple of this.
 pub(crate) const ALIGN: usize = 4096;
 /// Bytes covered by one checksum.
@@ -76,15 +79,17 @@ pub(crate) fn parse(path: &Path, file: &[u8]) -> Result<Header> {
         return Err(bad(format!("ends inside its header of {length} bytes")));
     };
     let data = 8 + length; // both small
-    let raw: Raw = serde_json::from_slice(json)
+    let mut reader = serde_json::Deserializer::from_slice(json);
+    let raw = RawSeed { entries: length / MIN_ENTRY }
+        .deserialize(&mut reader)
+        .and_then(|raw| reader.end().map(|()| raw))
         .map_err(|e| bad(format!("has a header that is not safetensors JSON ({e})")))?;
     let size = file.len() - data; // `rest.get` above says data <= file.len()
 
-    let mut entries = Vec::with_capacity(raw.tensors.len());
-    for (name, t) in raw.tensors {
-        let t = check(t, size).map_err(|what| bad(format!("tensor '{name}' {what}")))?;
-        let (dtype, shape, a, b) = t;
-        entries.push(Entry { name, dtype, shape, start: data + a, end: data + b });
+    let Raw { mut entries, metadata } = raw;
+    for e in &mut entries {
+        check(e, size).map_err(|what| bad(format!("tensor '{}' {what}", e.name)))?;
+        (e.start, e.end) = (data + e.start, data + e.end);
     }
     tile(&mut entries, data, file.len()).map_err(bad)?;
     entries.sort_unstable_by(|a, b| a.name.cmp(&b.name));
@@ -92,27 +97,17 @@ pub(crate) fn parse(path: &Path, file: &[u8]) -> Result<Header> {
     if let Some((a, _)) = twice {
         return Err(bad(format!("names tensor '{}' twice", a.name)));
     }
-    Ok(Header { entries, metadata: raw.metadata, data })
+    Ok(Header { entries, metadata, data })
 }
 
-type Checked = (Dtype, Box<[usize]>, usize, usize);
-
 /// Shape times element size must equal the span, and the span must lie inside `size`.
-fn check(t: RawTensor, size: usize) -> std::result::Result<Checked, String> {
-    let (a, b) = t.data_offsets;
-    let (a, b) = match (usize::try_from(a), usize::try_from(b)) {
-        (Ok(a), Ok(b)) if a <= b && b <= size => (a, b),
-        _ => return Err(format!("spans bytes {a}..{b} of a data section of {size}")),
-    };
-    let mut bytes = Some(t.dtype.size());
-    let mut shape = Vec::with_capacity(t.shape.rank);
-    for &d in t.shape.dims.iter().take(t.shape.rank) {
-        let d = usize::try_from(d).map_err(|_| format!("has a dimension of {d}"))?;
-        bytes = bytes.and_then(|n| n.checked_mul(d));
-        shape.push(d);
+fn check(e: &Entry, size: usize) -> std::result::Result<(), String> {
+    let (a, b) = (e.start, e.end);
+    if a > b || b > size {
+        return Err(format!("spans bytes {a}..{b} of a data section of {size}"));
     }
-    match bytes {
-        Some(n) if n == b - a => Ok((t.dtype, shape.into(), a, b)),
+    match e.shape.iter().try_fold(e.dtype.size(), |n, &d| n.checked_mul(d)) {
+        Some(n) if n == b - a => Ok(()),
         Some(n) => Err(format!("needs {n} bytes for its shape but spans {}", b - a)),
         None => Err("has a shape whose size overflows".into()),
     }
@@ -188,7 +183,12 @@ pub(crate) fn sealed_crc(head: &[u8]) -> u32 {
 
 struct Raw {
     metadata: BTreeMap<String, String>,
-    tensors: Vec<(Box<str>, RawTensor)>,
+    entries: Vec<Entry>, // positions still count from the data section
+}
+
+/// Room for this many entries, taken at once: growing would hold the old and the new list.
+struct RawSeed {
+    entries: usize,
 }
 
 #[derive(Deserialize)]
@@ -196,14 +196,11 @@ struct Raw {
 struct RawTensor {
     dtype: Dtype,
     shape: Shape,
-    data_offsets: (u64, u64),
+    data_offsets: (usize, usize),
 }
 
-/// A shape kept inline: a rank of a million must not cost a megabyte.
-struct Shape {
-    dims: [u64; MAX_RANK],
-    rank: usize,
-}
+/// Dimensions, collected inline: a rank of a million must not cost a megabyte.
+struct Shape(Box<[usize]>);
 
 impl<'de> Deserialize<'de> for Shape {
     fn deserialize<D: Deserializer<'de>>(d: D) -> std::result::Result<Shape, D::Error> {
@@ -217,46 +214,46 @@ impl<'de> Deserialize<'de> for Shape {
                 self,
                 mut seq: A,
             ) -> std::result::Result<Shape, A::Error> {
-                let mut shape = Shape { dims: [0; MAX_RANK], rank: 0 };
-                while let Some(d) = seq.next_element::<u64>()? {
-                    let slot = shape.dims.get_mut(shape.rank);
+                let mut dims = [0; MAX_RANK];
+                let mut rank = 0;
+                while let Some(d) = seq.next_element()? {
+                    let slot = dims.get_mut(rank);
                     *slot.ok_or_else(|| A::Error::custom("more than 8 dimensions"))? = d;
-                    shape.rank += 1;
+                    rank += 1;
                 }
-                Ok(shape)
+                Ok(Shape(dims.iter().copied().take(rank).collect()))
             }
         }
         d.deserialize_seq(V)
     }
 }
 
-impl<'de> Deserialize<'de> for Raw {
-    fn deserialize<D: Deserializer<'de>>(d: D) -> std::result::Result<Raw, D::Error> {
-        struct V;
-        impl<'de> Visitor<'de> for V {
-            type Value = Raw;
-            fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
-                f.write_str("a safetensors header")
-            }
-            fn visit_map<A: MapAccess<'de>>(
-                self,
-                mut map: A,
-            ) -> std::result::Result<Raw, A::Error> {
-                let mut raw = Raw { metadata: BTreeMap::new(), tensors: Vec::new() };
-                let mut seen = false;
-                while let Some(name) = map.next_key::<Box<str>>()? {
-                    if &*name != "__metadata__" {
-                        raw.tensors.push((name, map.next_value()?));
-                    } else if std::mem::replace(&mut seen, true) {
-                        return Err(A::Error::custom("__metadata__ twice"));
-                    } else {
-                        raw.metadata = map.next_value::<Metadata>()?.0;
-                    }
-                }
-                Ok(raw)
+impl<'de> DeserializeSeed<'de> for RawSeed {
+    type Value = Raw;
+    fn deserialize<D: Deserializer<'de>>(self, d: D) -> std::result::Result<Raw, D::Error> {
+        d.deserialize_map(self)
+    }
+}
+
+impl<'de> Visitor<'de> for RawSeed {
+    type Value = Raw;
+    fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        f.write_str("a safetensors header")
+    }
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> std::result::Result<Raw, A::Error> {
+        let mut raw = Raw { metadata: BTreeMap::new(), entries: Vec::with_capacity(self.entries) };
+        let mut seen = false;
+        while let Some(name) = map.next_key::<Box<str>>()? {
+            if &*name != "__metadata__" {
+                let RawTensor { dtype, shape, data_offsets: (start, end) } = map.next_value()?;
+                raw.entries.push(Entry { name, dtype, shape: shape.0, start, end });
+            } else if std::mem::replace(&mut seen, true) {
+                return Err(A::Error::custom("__metadata__ twice"));
+            } else {
+                raw.metadata = map.next_value::<Metadata>()?.0;
             }
         }
-        d.deserialize_map(V)
+        Ok(raw)
     }
 }
 
@@ -277,7 +274,7 @@ impl<'de> Deserialize<'de> for Metadata {
                 let mut out = BTreeMap::new();
                 while let Some((k, v)) = map.next_entry::<String, String>()? {
                     if out.len() == MAX_METADATA {
-                        return Err(A::Error::custom("more than 1024 metadata keys"));
+                        return Err(A::Error::custom("more than 64 metadata keys"));
                     }
                     if out.insert(k, v).is_some() {
                         return Err(A::Error::custom("a metadata key twice"));

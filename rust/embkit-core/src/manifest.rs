@@ -1,7 +1,7 @@
 //! `manifest.json` and `state.json`: canonical JSON with a checksum of itself.
 //!
-//! Canonical: UTF-8, keys sorted by code point, no spaces, shortest round-trip floats, one newline
-//! at the end. A reader accepts nothing else, so every flipped bit is seen, even one in a space
+//! Canonical: what Python's `json.dumps(value, sort_keys=True, separators=(",", ":"),
+//! ensure_ascii=False)` prints for finite numbers, and one newline at the end. A reader accepts nothing else, so every flipped bit is seen, even one in a space
 //! that was never there.
 
 use crate::{Error, Result, container, crc32c, publish};
@@ -41,8 +41,22 @@ fn emit(value: &Value, out: &mut String) {
             }
             out.push_str(if items.is_empty() { "[]" } else { "]" });
         }
+        Value::Number(n) if n.is_f64() => out.push_str(&float(n.as_f64().unwrap_or_default())),
         scalar => out.push_str(&scalar.to_string()),
     }
+}
+
+/// A finite float as Python's `repr` has it: shortest digits that read back, in exponent form
+/// outside 1e-4 <= |x| < 1e16. Written out, because serde_json's form changed between releases.
+fn float(x: f64) -> String {
+    let short = format!("{x:e}"); // such as -1.25e-7
+    let (mantissa, exponent) = short.split_once('e').unwrap_or((&short, "0"));
+    let exponent: i32 = exponent.parse().unwrap_or(0);
+    if (-4..16).contains(&exponent) {
+        return format!("{x:?}"); // Rust agrees with Python inside this range
+    }
+    let sign = if exponent < 0 { '-' } else { '+' };
+    format!("{mantissa}e{sign}{:02}", exponent.abs())
 }
 
 /// Parses JSON for [`write`]: [`Error::Usage`] for what would not survive a round trip (integers

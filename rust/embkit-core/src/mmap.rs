@@ -7,8 +7,13 @@ use crate::{Error, Result};
 use std::fs::File;
 use std::path::Path;
 
-/// A whole file, mapped read-only. An empty file is an empty slice.
-pub(crate) struct Map(Option<memmap2::Mmap>);
+/// A whole file, mapped read-only, or a copy of one.
+pub(crate) enum Map {
+    /// Of a file that is not empty: the system refuses to map nothing.
+    File(memmap2::Mmap),
+    /// In 8-byte words, so that tensors are aligned as in a map; and the number of bytes.
+    Copy(Vec<u64>, usize),
+}
 
 impl Map {
     /// Maps the regular file at `path`.
@@ -24,17 +29,30 @@ impl Map {
         let file = File::open(path).map_err(|e| Error::io(path, e))?;
         let length = file.metadata().map_err(|e| Error::io(path, e))?.len();
         if length == 0 {
-            return Ok(Map(None)); // the system refuses to map nothing
+            return Ok(Map::Copy(Vec::new(), 0));
         }
         // SAFETY: the map is read-only and private to us; embkit replaces files by rename and never
         // writes into a published one, so the bytes behind the slice do not change. A foreign
         // process that writes in place breaks that, as it would for every mmap reader.
         let map = unsafe { memmap2::Mmap::map(&file) }.map_err(|e| Error::io(path, e))?;
-        Ok(Map(Some(map)))
+        Ok(Map::File(map))
+    }
+
+    /// Copies `bytes`.
+    pub(crate) fn copy(bytes: &[u8]) -> Map {
+        let mut words = vec![0u64; bytes.len().div_ceil(8)];
+        let target: &mut [u8] = bytemuck::cast_slice_mut(&mut words);
+        for (to, from) in target.iter_mut().zip(bytes) {
+            *to = *from;
+        }
+        Map::Copy(words, bytes.len())
     }
 
     /// The file's bytes.
     pub(crate) fn bytes(&self) -> &[u8] {
-        self.0.as_deref().unwrap_or(&[])
+        match self {
+            Map::File(map) => map,
+            Map::Copy(words, n) => bytemuck::cast_slice(words).get(..*n).unwrap_or_default(),
+        }
     }
 }

@@ -27,7 +27,8 @@ pub use temp::{sweep_tmp, temp_path};
 /// Publishes `bytes` as the file `path`, replacing a file that is there.
 ///
 /// Mode: that of the replaced regular file, otherwise `0o666` under the umask. A symbolic link at
-/// `path` is replaced, not followed. On an error the old state is intact and nothing is left.
+/// `path` is replaced, not followed. On an error the old state is intact and nothing is left, with
+/// one exception: when only the last fsync of the directory fails, the new file is in place, whole.
 pub fn publish_file(path: &Path, bytes: &[u8]) -> Result<()> {
     publish_parts(path, &[bytes])
 }
@@ -84,7 +85,11 @@ pub fn publish_dir(tmp: &Path, final_: &Path) -> Result<()> {
     sync_tree(tmp)?;
     restore_aside(final_)?;
     match step(Op::Rename(tmp, final_), || rename_new(tmp, final_)) {
-        Ok(()) => return sync_dir(&parent),
+        Ok(()) => {
+            return sync_dir(&parent).inspect_err(|_| {
+                let _ = rename_new(final_, tmp);
+            });
+        }
         Err(e) if is(&e, &[Errno::EXIST, Errno::NOTEMPTY]) => {}
         Err(e) => return Err(Error::io(final_, e)),
     }
@@ -99,7 +104,12 @@ pub fn publish_dir(tmp: &Path, final_: &Path) -> Result<()> {
         let _ = fs::rename(&temp, tmp);
         return Err(e);
     }
-    sync_dir(&parent)?;
+    if let Err(e) = sync_dir(&parent) {
+        // Not known to be durable, so the old content may not be deleted: go back to it.
+        let _ = replace(&temp, final_);
+        let _ = fs::rename(&temp, tmp);
+        return Err(e);
+    }
     // The new state is durable: a failure from here on leaves at worst a directory to sweep.
     let _ = step(Op::Remove(&temp), || fs::remove_dir_all(&temp));
     Ok(())

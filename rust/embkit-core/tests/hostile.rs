@@ -118,7 +118,7 @@ fn mutate_json(rng: &mut Rng, json: &str) -> String {
     match rng.below(10) {
         0 | 1 if !nums.is_empty() => {
             let &(a, b) = rng.pick(&nums);
-            let extreme: &str = rng.pick(&EXTREMES);
+            let extreme = *rng.pick(&EXTREMES);
             s.replace_range(a..b, extreme);
         }
         2 if nums.len() > 1 => {

@@ -28,6 +28,7 @@ pub fn encode(tokenizer_json: &str, texts: &[String], max_length: usize) -> Resu
     let mut tokenizer: Tokenizer = tokenizer_json.parse().map_err(failed)?;
     let truncation = TruncationParams { max_length, ..TruncationParams::default() };
     tokenizer.with_truncation(Some(truncation)).map_err(failed)?;
+    tokenizer.with_padding(None);
     texts
         .iter()
         .map(|text| Ok(tokenizer.encode(text.as_str(), true).map_err(failed)?.get_ids().to_vec()))

@@ -331,6 +331,16 @@ impl Shard {
     /// Returns its rows and tokens.
     fn check(&self, first_row: u64) -> Result<(u64, u64)> {
         let path = self.texts.path();
+        for container in [Some(&self.texts), self.raw.as_ref()].into_iter().flatten() {
+            let said = container.metadata().get("first_row");
+            if said != Some(&first_row.to_string()) {
+                let said = said.map_or("nothing", String::as_str);
+                return Err(Error::corrupt(
+                    container.path(),
+                    format!("should start at row {first_row} but says {said}"),
+                ));
+            }
+        }
         let view = self.view()?;
         let rows = view.offsets.len().checked_sub(1).ok_or_else(|| {
             Error::corrupt(path, "'offsets' is empty, it should have one element more than rows")
@@ -354,16 +364,6 @@ impl Shard {
                 return Err(Error::corrupt(
                     raw.path(),
                     format!("has {offsets} offsets for the {rows} rows of its token shard"),
-                ));
-            }
-        }
-        for container in [Some(&self.texts), self.raw.as_ref()].into_iter().flatten() {
-            let said = container.metadata().get("first_row");
-            if said != Some(&first_row.to_string()) {
-                let said = said.map_or("nothing", String::as_str);
-                return Err(Error::corrupt(
-                    container.path(),
-                    format!("should start at row {first_row} but says {said}"),
                 ));
             }
         }

@@ -323,7 +323,8 @@ impl RecordsBuilder {
         }
         for table in examples.iter_mut().filter(|t| t.kind == Kind::Classification) {
             let names = labels.get(&table.task).map_or(&[] as &[String], Vec::as_slice);
-            let dense: HashMap<&str, i32> = (0..).zip(names).map(|(i, n)| (n.as_str(), i)).collect();
+            let dense: HashMap<&str, i32> =
+                (0..).zip(names).map(|(i, n)| (n.as_str(), i)).collect();
             for id in &mut table.label {
                 let name = self.labels.get(*id as usize);
                 *id = name.and_then(|n| dense.get(n.as_str())).copied().unwrap_or(-1);

@@ -145,11 +145,9 @@ impl<'a> Row<'a> {
                 ("sentence2", self.sentence2.is_some()),
                 ("score", self.score.is_some() || self.label.is_some()),
             ],
-            Kind::Classification => [
-                ("text", self.text.is_some()),
-                ("label", self.label.is_some()),
-                ("label", true),
-            ],
+            Kind::Classification => {
+                [("text", self.text.is_some()), ("label", self.label.is_some()), ("label", true)]
+            }
         };
         required.into_iter().find(|(_, there)| !there).map(|(name, _)| name)
     }
@@ -398,7 +396,10 @@ fn list_of_numbers(slot: Slot, column: &'static str) -> Result<Option<Vec<f32>>,
     match slot {
         Some((_, raw)) if raw.get().starts_with('[') => {
             let list: Vec<&RawValue> = decode(raw, column)?;
-            list.into_iter().map(|raw| finite(raw.get(), column)).collect::<Result<_, _>>().map(Some)
+            list.into_iter()
+                .map(|raw| finite(raw.get(), column))
+                .collect::<Result<_, _>>()
+                .map(Some)
         }
         _ => Ok(None),
     }

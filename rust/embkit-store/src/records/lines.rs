@@ -174,8 +174,7 @@ impl<'p> Lines<'p> {
             Packing::Gzip if e.raw_os_error().is_none() => "gzip",
             _ => return Error::Io { path: self.path.to_path_buf(), source: e },
         };
-        let how =
-            if e.kind() == io::ErrorKind::UnexpectedEof { "truncated" } else { "corrupt" };
+        let how = if e.kind() == io::ErrorKind::UnexpectedEof { "truncated" } else { "corrupt" };
         Error::Corrupt {
             path: self.path.to_path_buf(),
             what: format!("{how} {name} stream after line {}: {e}", self.number),

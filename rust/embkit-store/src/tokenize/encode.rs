@@ -17,6 +17,7 @@ pub struct Encoder {
     /// One per distinct length; roles point into it.
     by_length: Vec<(u32, Tokenizer)>,
     max_length: Vec<u32>,
+    direction: TruncationDirection,
     special: HashSet<u32>,
     wide: bool,
 }
@@ -41,7 +42,8 @@ impl Encoder {
             tokenizer_json.parse().map_err(|e: tokenizers::Error| Error::Corrupt {
                 path: PathBuf::from("tokenizer.json"),
                 what: format!("is not a tokenizer that {BACKEND} reads: {e}"),
-                fix: "Save it again with `tokenizer.save_pretrained(...)` of a fast tokenizer".into(),
+                fix: "Save it again with `tokenizer.save_pretrained(...)` of a fast tokenizer"
+                    .into(),
             })?;
         tokenizer.with_padding(None);
         let direction =
@@ -67,7 +69,10 @@ impl Encoder {
             }
             let mut own = tokenizer.clone();
             let truncation = TruncationParams {
-                max_length: *length as usize,
+                // The library stops reading a text once it has the limit, and then says that
+                // tokens were cut only if it has more of them than fit. Without special tokens
+                // that needs one above the limit, which `encode` takes off again.
+                max_length: *length as usize + usize::from(added == 0),
                 direction,
                 ..TruncationParams::default()
             };
@@ -75,7 +80,7 @@ impl Encoder {
             by_length.push((*length, own));
         }
         let wide = largest > u32::from(u16::MAX);
-        Ok(Self { by_length, max_length: max_length.to_vec(), special, wide })
+        Ok(Self { by_length, max_length: max_length.to_vec(), direction, special, wide })
     }
 
     /// Whether ids need 32 bits.
@@ -85,9 +90,9 @@ impl Encoder {
 
     /// The ids of `prompt` and `text` as one string.
     pub fn encode(&self, role: u8, prompt: &str, text: &str) -> Result<Encoded> {
-        let length = self.max_length.get(usize::from(role));
-        let found = self.by_length.iter().find(|(l, _)| Some(l) == length);
-        let Some((_, tokenizer)) = found else {
+        let wanted = self.max_length.get(usize::from(role));
+        let found = self.by_length.iter().find(|(l, _)| Some(l) == wanted);
+        let Some((length, tokenizer)) = found else {
             return Err(Error::usage(
                 format!("no max_length for role {role}"),
                 "Give one max_length per role: query, passage, both",
@@ -100,8 +105,14 @@ impl Encoder {
             tokenizer.encode_fast([prompt, text].concat(), true)
         };
         let encoding = encoding.map_err(|e| failed("encode a text", &e))?;
-        let truncated = !encoding.get_overflowing().is_empty();
-        Ok(Encoded { ids: encoding.get_ids().to_vec(), truncated })
+        let mut ids = encoding.get_ids().to_vec();
+        let above = ids.len().saturating_sub(*length as usize);
+        match self.direction {
+            TruncationDirection::Right => ids.truncate(*length as usize),
+            TruncationDirection::Left => drop(ids.drain(..above)),
+        }
+        let truncated = above > 0 || !encoding.get_overflowing().is_empty();
+        Ok(Encoded { ids, truncated })
     }
 
     /// Tokens of the prompt as sentence-transformers counts them: the prompt alone with its special

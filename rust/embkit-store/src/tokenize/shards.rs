@@ -41,11 +41,11 @@ pub(crate) fn parse_name(file: &str) -> Option<(&'static str, usize, Option<usiz
     let body = file.strip_suffix(".safetensors")?;
     let (stem, rest) = body.split_once('-')?;
     let (stem, _) = STEMS.into_iter().find(|(s, _)| *s == stem)?;
-    let number = |digits: &str| match digits.len() >= 5 && digits.bytes().all(|b| b.is_ascii_digit())
-    {
-        true => digits.parse::<usize>().ok(),
-        false => None,
-    };
+    let number =
+        |digits: &str| match digits.len() >= 5 && digits.bytes().all(|b| b.is_ascii_digit()) {
+            true => digits.parse::<usize>().ok(),
+            false => None,
+        };
     match rest.split_once("-of-") {
         Some((index, of)) => Some((stem, number(index)?, Some(number(of)?))),
         None => Some((stem, number(rest)?, None)),

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from embkit import _rust, container
+from embkit.data.embeddings import Embeddings, after
 from embkit.data.loader import Store, as_store
 from embkit.data.tables import Array, Examples, counts_of, offsets_of, owners
 from embkit.errors import CorruptError, UsageError, nearest
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from embkit.model import Encoder
 
 KIND = "embkit.negatives"
-_BLOCK = 16384  # rows of an embedding file: what a killed run embeds again at most
 _SAMPLES = 8
 
 
@@ -113,7 +112,7 @@ def _run(
     encoder: Encoder, store: Store, tables: list[Examples], work: Any, params: dict[str, Any]
 ) -> None:
     rows = np.unique(np.concatenate([table.rows() for table in tables]))
-    vectors = Embeddings(work.dir / "embeddings", encoder, store, rows, params["model"])
+    vectors = Embeddings(work.dir / "embeddings", encoder, store, rows=rows, model=params["model"])
     with bar("Embed", total=len(rows), unit="rows") as progress:
         vectors.fill(progress)
     report: dict[str, Any] = {"rows": len(rows), "tasks": {}}
@@ -189,18 +188,17 @@ def _task(
     n = min(params["candidates"], len(corpus))
     queries = np.unique(table.query)  # the same query in several examples is searched once
     start = progress.done
-    scale = len(table) / max(len(queries), 1)
     local, score = _rust.topk(
         vectors.get(queries),
         vectors.get(corpus),
         n,
-        progress=lambda done: progress.update(start + done * scale),
+        progress=after(progress, start, len(table) / max(len(queries), 1)),
     )
     progress.update(start + len(table))
     at = np.searchsorted(queries, table.query)
     row = corpus[np.asarray(local, np.int64)][at]
     score = np.ascontiguousarray(np.asarray(score, np.float32)[at])
-    positive = _pair_scores(vectors, table.query[owners(table.positive_offsets)], table.positive)
+    positive = vectors.cosine(table.query[owners(table.positive_offsets)], table.positive)
     offsets, blocked, blocked_score = _with_query(table, positive)
     everything = np.arange(store.rows, dtype=np.uint64)
     off, kept, kept_score, rank, audit = _rust.filter_negatives(
@@ -238,88 +236,6 @@ def _with_query(table: Examples, positive: Array) -> tuple[Array, Array, Array]:
     rows = np.concatenate([table.positive, table.query])[order]
     scores = np.concatenate([positive, best])[order].astype(np.float32)
     return offsets_of(counts + 1), rows, scores
-
-
-def _pair_scores(vectors: Embeddings, a: Array, b: Array) -> NDArray[np.float32]:
-    """Cosine of row pairs, in blocks."""
-    out = np.empty(len(a), np.float32)
-    for start in range(0, len(a), _BLOCK):
-        part = slice(start, start + _BLOCK)
-        out[part] = np.einsum("nd,nd->n", vectors.get(a[part]), vectors.get(b[part]))
-    return out
-
-
-# ---------------------------------------------------------------- embeddings on disk
-
-
-class Embeddings:
-    """Unit vectors of store rows, written block by block so that a killed run goes on.
-
-    Args:
-        directory: ``embeddings/`` of the stage.
-        encoder: full width, fp32, normalised.
-        rows: U64 [n], sorted, distinct: which store rows are embedded, in file order.
-        model: digest of the encoder, kept in every file.
-    """
-
-    def __init__(
-        self, directory: Path, encoder: Encoder, store: Store, rows: Array, model: str
-    ) -> None:
-        self.directory, self.encoder, self.store, self.rows = directory, encoder, store, rows
-        self.metadata = {
-            "model": model,
-            "pooling": str(encoder.pooling),
-            "width": str(max(encoder.dims)),
-            "normalised": "true",
-            "prompt": json.dumps(store.prompts, sort_keys=True),
-        }
-        self.blocks: list[Array] = []
-
-    def fill(self, progress: Bar) -> None:
-        """Embed every block that is not there yet."""
-        self.directory.mkdir(exist_ok=True)
-        _rust.sweep_tmp(str(self.directory))
-        total = max(1, -(-len(self.rows) // _BLOCK))
-        for i in range(total):
-            path = self.directory / f"embeddings-{i:05d}-of-{total:05d}.safetensors"
-            rows = self.rows[i * _BLOCK : (i + 1) * _BLOCK]
-            block = self._adopt(path, rows)
-            if block is None:
-                before = progress.done
-                vectors = self.encoder.encode_rows(
-                    self.store, rows, progress=lambda n, b=before: progress.update(b + n)
-                )
-                container.save(
-                    path,
-                    {"row": rows, "embedding": np.asarray(vectors, np.float32)},
-                    kind="embkit.embeddings",
-                    metadata=self.metadata,
-                )
-                block = container.load(path)["embedding"]
-            self.blocks.append(block)
-            progress.update(min((i + 1) * _BLOCK, len(self.rows)))
-
-    def get(self, rows: Array) -> NDArray[np.float32]:
-        """Vectors F32 [n, d] of store rows."""
-        at = np.searchsorted(self.rows, rows)
-        block, local = at // _BLOCK, at % _BLOCK
-        out = np.empty((len(rows), self.blocks[0].shape[1]), np.float32)
-        for i in np.unique(block).tolist():
-            here = block == i
-            out[here] = self.blocks[i][local[here]]
-        return out
-
-    def _adopt(self, path: Path, rows: Array) -> Array | None:
-        """A block that an earlier, killed run has finished, if it is whole and the same."""
-        if not path.is_file():
-            return None
-        try:
-            tensors = container.load(path, kind="embkit.embeddings", verify="open")
-            meta = container.metadata(path)
-        except CorruptError:
-            return None
-        same = all(meta.get(key) == value for key, value in self.metadata.items())
-        return tensors["embedding"] if same and np.array_equal(tensors["row"], rows) else None
 
 
 # ---------------------------------------------------------------- the report, and one query

@@ -124,6 +124,7 @@ def _choose(
         shutil.rmtree(trial, ignore_errors=True)
     final_weights = share if select == "uniform" else [1 / len(kept)] * len(kept)
     merge([models[i] for i in kept], final, weights=final_weights)
+    _seal(final)
     report["kept"] = [names[i] for i in kept]
     report["weights"] = final_weights
     report["dev"] = score
@@ -132,12 +133,22 @@ def _choose(
 
 def _judge(model: Path, on: Path | str) -> float:
     """Mean over the kinds of tasks at the full width."""
-    from embkit.evaluate import evaluate
+    from embkit.evaluate import judge
     from embkit.model import Encoder
 
-    encoder = Encoder.from_pretrained(model)
-    width = max(encoder.dims)
-    return float(evaluate(encoder, on, dims=[width], bm25=False)["mean"][str(width)])
+    return judge(Encoder.from_pretrained(model), on)
+
+
+def _seal(model: Path) -> None:
+    """Record the digest of the merged weights, as an export does."""
+    from embkit.model import Encoder
+
+    path = model / "embkit.json"
+    if path.is_file():
+        content = json.loads(path.read_text(encoding="utf-8"))
+        digest = Encoder.from_pretrained(model).digest()
+        if content.get("digest") != digest:
+            _write_json(path, {**content, "digest": digest})
 
 
 # ---------------------------------------------------------------- merging
@@ -163,6 +174,9 @@ def merge(models: Sequence[Path], out: Path, *, weights: Sequence[float] | None 
         target.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix == ".safetensors":
             _merge_file([m / name for m in models], target, share)
+        elif path.name == "embkit.json" and len(models) > 1:  # its digest is of other weights
+            content = json.loads(path.read_text(encoding="utf-8"))
+            _write_json(target, {k: v for k, v in content.items() if k != "digest"})
         elif path.name != "manifest.json":
             shutil.copyfile(path, target)
     return out
@@ -231,10 +245,10 @@ def _average(name: str, tensors: Any, share: list[float], paths: list[Path]) -> 
     return total.to(first.dtype)
 
 
-def _bytes(tensor: torch.Tensor) -> memoryview:
+def _bytes(tensor: torch.Tensor) -> Any:
     import torch
 
-    return memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 # ---------------------------------------------------------------- checks
@@ -285,7 +299,14 @@ def _content(path: Path) -> Any:
         return None
     if path.name == "tokenizer.json":
         return _rust.blake3_file(str(path))
-    return json.loads(path.read_text(encoding="utf-8"))
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if isinstance(content, dict):
+        content.pop("digest", None)  # of the weights, which differ on purpose
+    return content
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _init(model: Path) -> str | None:

@@ -104,7 +104,7 @@ def _run(records: Records, evaluation: list[Path], work: Any, params: dict[str, 
         },
         kind="embkit.clusters",
     )
-    report = {
+    report: dict[str, Any] = {
         "texts": {
             "before": len(texts),
             "near_duplicates": int((representative != np.arange(len(texts))).sum()),

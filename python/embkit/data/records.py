@@ -230,7 +230,7 @@ def _size(source: src.Source) -> int:
 
 def _report(sources: tuple[src.Source, ...], rejected: Any) -> dict[str, Any]:
     """The rejected rows of every source in JSON types, plus totals."""
-    entries = []
+    entries: list[dict[str, Any]] = []
     for source, got in zip(sources, rejected, strict=True):
         samples = [
             {"line": int(line), "reason": str(reason), "text": str(excerpt)}

@@ -10,7 +10,7 @@ from __future__ import annotations
 import glob
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,17 @@ def find(inputs: Any, *, task: str | None, kind: str) -> list[Source]:
             sources.append(_in_memory(item, task, kind))
     if not sources:
         raise UsageError("Nothing to read: the list of inputs is empty.")
-    return sources
+    return _named_apart(sources)
+
+
+def _named_apart(sources: list[Source]) -> list[Source]:
+    """Sources of the same file name get a number: reports and provenance name them apart."""
+    seen: dict[str, int] = {}
+    out = []
+    for source in sources:
+        seen[source.name] = count = seen.get(source.name, 0) + 1
+        out.append(replace(source, name=f"{source.name}#{count}") if count > 1 else source)
+    return out
 
 
 def stem(path: Path) -> str:

@@ -252,7 +252,7 @@ def concatenate(tables: Sequence[Examples]) -> Examples:
         )
     if len(tables) == 1:
         return first
-    joined: dict[str, Array] = {}
+    joined: dict[str, Any] = {}
     for name in _COLUMNS:
         parts = [getattr(t, name) for t in tables]
         if name.endswith("_offsets"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from embkit.evaluate.run import MAIN, evaluate
+from embkit.evaluate.run import MAIN, evaluate, judge
 from embkit.evaluate.tasks import load_split
 
-__all__ = ["MAIN", "evaluate", "load_split"]
+__all__ = ["MAIN", "evaluate", "judge", "load_split"]

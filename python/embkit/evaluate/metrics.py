@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -127,9 +128,9 @@ def draws(labels: Sequence[str]) -> list[NDArray[np.int64]]:
     return out
 
 
-def _fit(probe: object, x: NDArray[np.float32], y: NDArray[np.str_]) -> object:
+def _fit(probe: Any, x: NDArray[np.float32], y: NDArray[np.str_]) -> Any:
     import warnings
 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="lbfgs failed to converge")
-        return probe.fit(x, y)  # type: ignore[attr-defined]
+        return probe.fit(x, y)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,18 +12,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embkit import _rust
+from embkit.data.embeddings import after
 from embkit.errors import UsageError
 from embkit.evaluate import metrics
 from embkit.evaluate.bm25 import bm25_rank
 from embkit.evaluate.tasks import EvalSet, RetrievalSet, StsSet, load_split
-from embkit.progress import bar
-from embkit.stage import stage
+from embkit.progress import Bar, bar
+from embkit.stage import digest_of, stage
 
 if TYPE_CHECKING:
     from embkit.model import Encoder
 
 MAIN = {"retrieval": "ndcg@10", "sts": "spearman", "classification": "accuracy"}
 _DEPTH = 100
+_REMEMBER = 64  # models whose scores stay in memory, a few KB each
+_remembered: dict[tuple[str, str, tuple[int, ...]], dict[str, Any]] = {}
 Vectors = NDArray[np.float32]
 
 
@@ -55,12 +59,12 @@ def evaluate(
         CorruptError: a broken set.
     """
     folder = Path(folder)
-    sets = load_split(folder)
     widths = _widths(encoder, dims)
     if encoder is None and not bm25:
         raise UsageError("Nothing to evaluate.", fix="give an encoder, or bm25=True")
+    sets = load_split(folder)
     if out is None:
-        return _score(encoder, sets, widths, bm25=bm25)
+        return _score(encoder, folder, sets, widths, bm25=bm25)
     params = {
         "model": encoder.digest() if encoder is not None else None,
         "dims": widths,
@@ -68,11 +72,22 @@ def evaluate(
     }
     with stage(out, name="evaluate", params=params, inputs=[folder], fresh=fresh) as work:
         if not work.done:
-            result = _score(encoder, sets, widths, bm25=bm25)
+            result = _score(encoder, folder, sets, widths, bm25=bm25)
             text = json.dumps(result, indent=1, sort_keys=True, allow_nan=False)
             (work.dir / "result.json").write_text(text + "\n", encoding="utf-8")
             work.publish({"mean": result["mean"]})
     return dict(json.loads((Path(out) / "result.json").read_text(encoding="utf-8")))
+
+
+def judge(encoder: Encoder, folder: Path | str) -> float:
+    """The mean over the kinds of tasks at the full width, without a progress bar.
+
+    What it scores is remembered in this process: :func:`evaluate` of the same model is then free.
+    """
+    folder = Path(folder)
+    widths = _widths(encoder, None)
+    tasks = _model_scores(encoder, folder, load_split(folder), widths, Bar("", None, ""))
+    return float(_means(tasks, widths)["mean"][str(max(widths))])
 
 
 def _widths(encoder: Encoder | None, dims: Sequence[int] | None) -> list[int]:
@@ -91,25 +106,36 @@ def _widths(encoder: Encoder | None, dims: Sequence[int] | None) -> list[int]:
 
 
 def _score(
-    encoder: Encoder | None, sets: list[EvalSet], widths: list[int], *, bm25: bool
+    encoder: Encoder | None, folder: Path, sets: list[EvalSet], widths: list[int], *, bm25: bool
 ) -> dict[str, Any]:
-    tasks: dict[str, Any] = {}
-    total = sum(len(texts) for found in sets for texts, _ in _texts(found))
-    with bar("Evaluate", total=total, unit="texts") as progress:
-        for found in sets:
-            tasks[found.name] = entry = {"type": found.type, "widths": {}}
-            if encoder is not None:
-                parts = []
-                for texts, role in _texts(found):
-                    parts.append(_encode(encoder, texts, role, max(widths), progress))
-                for width in widths:
-                    entry["widths"][str(width)] = score_set(
-                        found, [prefix(p, width) for p in parts]
-                    )
-            if bm25 and isinstance(found, RetrievalSet):
-                ranked = bm25_rank(found.queries, found.corpus, k=_DEPTH)
-                entry["bm25"] = metrics.retrieval_metrics(ranked, found.judged)
+    tasks: dict[str, Any] = {found.name: {"type": found.type, "widths": {}} for found in sets}
+    if encoder is not None:
+        total = sum(len(texts) for found in sets for texts, _ in _texts(found))
+        with bar("Evaluate", total=total, unit="texts") as progress:
+            tasks = copy.deepcopy(_model_scores(encoder, folder, sets, widths, progress))
+            progress.update(total)
+    for found in sets:
+        if bm25 and isinstance(found, RetrievalSet):
+            ranked = bm25_rank(found.queries, found.corpus, k=_DEPTH)
+            tasks[found.name]["bm25"] = metrics.retrieval_metrics(ranked, found.judged)
     return {"tasks": tasks, **_means(tasks, widths)}
+
+
+def _model_scores(
+    encoder: Encoder, folder: Path, sets: list[EvalSet], widths: list[int], progress: Bar
+) -> dict[str, Any]:
+    """Scores of every set and width; remembered, because a soup judges what is evaluated later."""
+    key = (encoder.digest(), digest_of(folder), tuple(widths))
+    if key not in _remembered:
+        tasks: dict[str, Any] = {}
+        for found in sets:
+            parts = [_encode(encoder, t, r, max(widths), progress) for t, r in _texts(found)]
+            scores = {str(w): score_set(found, [prefix(p, w) for p in parts]) for w in widths}
+            tasks[found.name] = {"type": found.type, "widths": scores}
+        while len(_remembered) >= _REMEMBER:
+            del _remembered[next(iter(_remembered))]
+        _remembered[key] = tasks
+    return _remembered[key]
 
 
 def score_set(found: EvalSet, parts: Sequence[Vectors]) -> dict[str, float]:
@@ -146,13 +172,12 @@ def _texts(found: EvalSet) -> list[tuple[list[str], str | None]]:
 
 
 def _encode(
-    encoder: Encoder, texts: list[str], role: str | None, width: int, progress: Any
+    encoder: Encoder, texts: list[str], role: str | None, width: int, progress: Bar
 ) -> Vectors:
     """Vectors [n, width], not normalised; each distinct text is encoded once."""
     distinct, inverse = np.unique(np.array(texts, dtype=object), return_inverse=True)
     start = progress.done
-    scale = len(texts) / max(len(distinct), 1)
-    report: Callable[[int], object] = lambda done: progress.update(start + done * scale)  # noqa: E731
+    report = after(progress, start, len(texts) / max(len(distinct), 1))
     vectors = encoder.encode(
         distinct.tolist(), role=role, dim=width, normalize=False, progress=report
     )

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 
-_LEFT, _RIGHT, _TOP, _BOTTOM = 46, 12, 10, 34
+_LEFT, _RIGHT, _TOP, _BOTTOM = 46, 22, 10, 34
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +138,7 @@ def _draw(line: Line, at: Callable[[float, float], tuple[float, float]]) -> str:
     path = " ".join(f"{x:.1f},{y:.1f}" for x, y in spots)
     style = f'style="stroke:{line.color}"'
     kind = "faint" if line.faint else "base" if line.dashed else "line"
-    out = [f'<polyline class="{kind}" {style} points="{path}"/>']
+    out = [f'<polyline class="{kind}" fill="none" {style} points="{path}"/>']
     if line.points:
         for (cx, cy), x, y in zip(spots, line.x, line.y, strict=False):
             out.append(

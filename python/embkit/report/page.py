@@ -99,11 +99,13 @@ def _by_width(result: Mapping[str, Any], split: str) -> str:
     xs = [float(w) for w in reversed(scores.widths(result))]
     lines = []
     for i, (name, found) in enumerate(result["scores"][split].items()):
+        if name == "untrained":  # far below: it would flatten the lines that matter
+            continue
         ys = [float(found["mean"].get(str(int(x)), math.nan)) for x in xs]
         lines.append(Line(name=name, x=xs, y=ys, color=_COLORS[i % len(_COLORS)], points=True))
     ticks = [(x, str(int(x))) for x in xs]
     chart = line_chart(lines, x_label="width", y_label="mean", x_ticks=ticks, log_x=True)
-    return _figure(f"Mean over widths, {split}", chart)
+    return _figure(f"Trained models over widths, {split}", chart)
 
 
 def _by_stage(result: Mapping[str, Any], split: str) -> str:

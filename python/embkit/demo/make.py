@@ -50,8 +50,8 @@ GRADES = {
     4: "two usage examples of one synset",
     3: "definitions of a synset and its direct hypernym, or of two similar-to adjectives",
     2: "definitions of two sisters, synsets that share their direct hypernym",
-    1: "definitions from one lexicographer file (such as noun.animal), not related as above",
-    0: "definitions or usage examples from two lexicographer files",
+    1: "two synsets of one lexicographer file (such as noun.animal), not related as above",
+    0: "two synsets of two lexicographer files",
 }
 
 
@@ -331,7 +331,7 @@ def synsets(folder: Path) -> dict[str, Synset]:
 
 
 def graded(members: list[Synset], count: int) -> list[Row]:
-    """Return up to `count` {sentence1, sentence2, score} of each grade of GRADES.
+    """Return about `count` {sentence1, sentence2, score} of each grade of GRADES.
 
     Both synsets of a pair are members. A synset starts at most one pair of a grade, so that
     large families do not fill the sample.
@@ -344,12 +344,14 @@ def graded(members: list[Synset], count: int) -> list[Row]:
         for parent in s.hypernyms:
             children[parent].append(s)
 
-    def pick(options: list[Synset], s: Synset, salt: str) -> Synset | None:
+    def pick(
+        options: list[Synset], s: Synset, salt: str, fits: Callable[[Synset], bool] = bool
+    ) -> Synset | None:
         # A bounded number of draws: the list can be a whole lexicographer file.
-        for attempt in range(4):
+        for attempt in range(8 if options else 0):
             x = fraction(s.id, salt=f"{salt}{attempt}")
-            other = options[int(x * len(options))] if options else s
-            if other is not s:
+            other = options[int(x * len(options))]
+            if other is not s and fits(other):
                 return other
         return None
 
@@ -359,36 +361,44 @@ def graded(members: list[Synset], count: int) -> list[Row]:
             b.id in near or a.id in {*b.hypernyms, *b.similar} or near & {*b.hypernyms, *b.similar}
         )
 
-    pairs: dict[int, list[Row]] = defaultdict(list)
+    # By grade and form; a grade's rows are drawn from its forms in equal parts.
+    pairs: dict[int, dict[str, list[Row]]] = {g: defaultdict(list) for g in sorted(GRADES)}
 
-    def add(grade: int, s: Synset, one: str, two: str) -> None:
+    def add(grade: int, s: Synset, other: Synset, form: str) -> None:
+        one = s.gloss if form == "glosses" else s.usages[0]
+        two = other.gloss if form != "usages" else other.usages[-1 if other is s else 0]
         swap = fraction(s.id, salt=f"swap{grade}") < 0.5
         first, second = (two, one) if swap else (one, two)
-        pairs[grade].append({"id": s.id, "sentence1": first, "sentence2": second})
+        pairs[grade][form].append({"id": s.id, "sentence1": first, "sentence2": second})
+
+    def add_any_form(grade: int, s: Synset, family: list[Synset]) -> None:
+        # Grades 0 and 1 come in every form, or the form alone would tell the grade.
+        form = ("glosses", "usages", "both")[int(3 * fraction(s.id, salt=f"form{grade}"))]
+        if form != "glosses" and not s.usages:
+            form = "glosses"
+        other = pick(family, s, f"other{grade}", lambda o: form != "usages" or bool(o.usages))
+        if other and (other.file != s.file if grade == 0 else not related(s, other)):
+            add(grade, s, other, form)
 
     for s in members:
         if s.usages:
-            add(5, s, s.usages[0], s.gloss)
+            add(5, s, s, "both")
         if len(s.usages) > 1:
-            add(4, s, s.usages[0], s.usages[1])
+            add(4, s, s, "usages")
         near = [by_id[i] for i in (*s.hypernyms, *s.similar) if i in by_id]
         if other := pick(near, s, "near"):
-            add(3, s, s.gloss, other.gloss)
+            add(3, s, other, "glosses")
         sisters = [c for parent in s.hypernyms[:1] for c in children[parent]]
         other = pick(sisters, s, "sister")
         if other and other.id not in {*s.hypernyms, *s.similar}:
-            add(2, s, s.gloss, other.gloss)
-        other = pick(by_file[s.file], s, "file")
-        if other and not related(s, other):
-            add(1, s, s.gloss, other.gloss)
-        other = pick(members, s, "any")
-        if other and other.file != s.file:
-            usage = s.usages and other.usages and fraction(s.id, salt="form") < 0.5
-            add(0, s, s.usages[0] if usage else s.gloss, other.usages[0] if usage else other.gloss)
+            add(2, s, other, "glosses")
+        add_any_form(1, s, by_file[s.file])
+        add_any_form(0, s, members)
     drawn = [
         {**row, "score": float(grade)}
-        for grade in sorted(GRADES)
-        for row in sample(pairs[grade], count, key=lambda r: r["id"], salt=f"grade{grade}")
+        for grade, forms in pairs.items()
+        for form, rows in sorted(forms.items())
+        for row in sample(rows, count // len(forms), key=lambda r: r["id"], salt=f"{grade}{form}")
     ]
     drawn.sort(key=lambda r: (r["id"], r["score"]))
     return [{k: r[k] for k in ("sentence1", "sentence2", "score")} for r in drawn]
@@ -443,7 +453,9 @@ score` (0-5); classification `text, label`; corpus `_id, title, text`; queries `
 |---|---|
 {grades}
 
-A definition is written "lemma, lemma: definition" with at most three lemmas.
+A definition is written "lemma, lemma: definition" with at most three lemmas. Pairs
+of grades 0 and 1 are in equal parts two definitions, two usage examples, and one of each, so
+that the form alone does not tell the grade.
 
 ## Provenance
 

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 
 ROLES = ("query", "passage")
 POOLINGS = ("mean", "cls", "last")
-_TOKENS = 8192  # of an encoding micro-batch: large enough for full speed, small enough for caches
+_TOKENS = 4096  # of an encoding micro-batch: large enough for full speed, small enough for caches
+_PRICE = 128  # tokens that one more micro-batch must save in padding to be worth its calls
 
 
 class Encoder(nn.Module):
@@ -316,22 +317,45 @@ class Encoder(nn.Module):
 
 
 def micro_batches(lengths: np.ndarray, budget: int) -> Iterator[np.ndarray]:
-    """Cut rows, longest first, into batches of at most ``budget`` tokens with padding.
+    """Cut rows, longest first, into batches of similar length and at most ``budget`` tokens.
+
+    Titles beside descriptions would be mostly padding in one batch, and many small batches cost
+    calls: the cuts are where padded tokens plus a fixed price per batch are least in sum.
 
     Args:
         lengths: tokens of each row, int [n].
-        budget: at least one row is taken even when it is longer.
+        budget: tokens of a batch with padding; one row is taken even when it is longer.
 
     Yields:
         Positions int64 [b] into ``lengths``; together each exactly once. Ties keep their order.
     """
     order = np.argsort(-lengths.astype(np.int64), kind="stable")
-    start = 0
-    while start < len(order):
-        longest = max(int(lengths[order[start]]), 1)
-        stop = start + max(budget // longest, 1)
-        yield order[start:stop]
-        start = stop
+    for start, stop, longest in _cuts(lengths[order].astype(np.int64)):
+        batches = -(-(stop - start) // max(budget // longest, 1))
+        yield from np.array_split(order[start:stop], batches)
+
+
+def _cuts(falling: np.ndarray) -> list[tuple[int, int, int]]:
+    """Cheapest segments (start, stop, longest) of falling lengths, by dynamic programming.
+
+    O(u^2) for u distinct lengths. ``cost[j]`` is the least price of the first j of them.
+    """
+    value, first = np.unique(-falling, return_index=True)
+    longest = np.maximum(-value, 1)
+    begin = np.append(first, len(falling))
+    cost = np.zeros(len(begin))
+    back = np.zeros(len(begin), np.int64)
+    for j in range(1, len(begin)):
+        price = cost[:j] + longest[:j] * (begin[j] - begin[:j]) + _PRICE
+        back[j] = int(price.argmin())
+        cost[j] = price[back[j]]
+    cuts = []
+    j = len(begin) - 1
+    while j > 0:
+        i = int(back[j])
+        cuts.append((int(begin[i]), int(begin[j]), int(longest[i])))
+        j = i
+    return cuts[::-1]
 
 
 def gather(store: Any, rows: np.ndarray, pad_id: int) -> tuple[np.ndarray, np.ndarray]:

@@ -100,6 +100,7 @@ def _files(encoder: Encoder, title: str) -> dict[str, bytes]:
     hidden = int(config.hidden_size)
     length = max(encoder.max_length.values())
     settings = {**json.loads(config.to_json_string(use_diff=False)), "dtype": "float32"}
+    settings.pop("_name_or_path", None)  # a path of this machine
     settings["torch_dtype"] = "float32"  # the key that transformers 4 reads
     settings["architectures"] = [type(encoder.backbone).__name__]
     tokenizer = {**encoder.tokenizer.config, "model_max_length": length}

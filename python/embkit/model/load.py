@@ -22,6 +22,7 @@ from embkit.model.tokens import load_tokenizer, read_json
 
 VERSION = 1
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[\w.-]+)?$")
+_HUB_SECONDS = 5
 _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*/config.json", "*/model.safetensors"]
 _LEGACY_POOLING = {
     "pooling_mode_mean_tokens": "mean",
@@ -104,20 +105,19 @@ def _find(path: Path | str) -> Path:
     )
     if not _HUB_ID.match(str(path)):
         raise nowhere
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import HfApi, snapshot_download
 
-    for offline in (True, False):
-        try:
-            found = snapshot_download(
-                str(path),
-                allow_patterns=_HUB_FILES,
-                local_files_only=offline,
-                etag_timeout=5,
-                max_workers=2,
-            )
-            return Path(found)
-        except Exception as error:  # the hub client has a dozen kinds, all of them mean "not here"
-            nowhere.__cause__ = error
+    files: dict[str, Any] = {"allow_patterns": _HUB_FILES, "max_workers": 2}
+    try:
+        return Path(snapshot_download(str(path), local_files_only=True, **files))
+    except Exception as error:  # the hub client has a dozen kinds, all of them mean "not here"
+        nowhere.__cause__ = error
+    try:
+        # snapshot_download alone waits for a silent server for minutes, whatever its timeout says.
+        HfApi().model_info(str(path), timeout=_HUB_SECONDS)
+        return Path(snapshot_download(str(path), etag_timeout=_HUB_SECONDS, **files))
+    except Exception as error:
+        nowhere.__cause__ = error
     raise nowhere
 
 

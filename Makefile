@@ -21,7 +21,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "embkit needs Python >= 3.11; say for example: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 2; }
 	@command -v cargo >/dev/null || \
-	  { echo "embkit needs a Rust toolchain (cargo and rustc >= 1.85 on the PATH)"; exit 2; }
+	  { echo "embkit needs a Rust toolchain (cargo and rustc >= 1.89 on the PATH)"; exit 2; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "First set-up: the pinned Python packages and the release build (some minutes, once)"
 	@$(PIP) install --upgrade "pip>=24" "maturin>=1.14,<2"

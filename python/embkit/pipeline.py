@@ -180,7 +180,10 @@ class _Run:
             "recipe": self.recipe.name,
             "dims": list(models["pre-finetuned"].dims),
             "scores": scores,
-            "soup": _read_json(self.out / "soup" / "report.json"),
+            "soup": {
+                name: _read_json(self.out / folder / "report.json")
+                for name, folder in (("uniform", "uniform"), ("greedy", "soup"))
+            },
             "dedup": _read_json(self.out / "clean" / "report.json"),
             "mine": _read_json(self.out / "mined" / "report.json"),
         }
@@ -226,7 +229,7 @@ class _Run:
                     where=self.out / "model",
                     fix="please report it with result.json",
                 )
-        kept = result["soup"]["kept"]
+        kept = result["soup"]["greedy"]["kept"]
         print(f"greedy soup: kept {len(kept)} of {len(self.recipe.runs)} runs")
         print(f"report: {self.out / 'report.html'}")
         print("\nUse the model:\n")
@@ -407,9 +410,11 @@ def _clear(out: Path, from_stage: str | None) -> None:
 
 def _sample_texts(data: Path) -> list[str]:
     """Some real texts of several lengths, to compare the export on."""
-    from embkit.evaluate.tasks import load_split, texts_of
+    from embkit.evaluate.tasks import load_split
 
-    return [text for found in load_split(data / "test") for text in texts_of(found)[:32]]
+    columns = ("queries", "corpus", "first", "test")
+    sets = load_split(data / "test")
+    return [text for found in sets for name in columns for text in getattr(found, name, [])[:16]]
 
 
 def _read_json(path: Path) -> dict[str, Any]:

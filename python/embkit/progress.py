@@ -111,8 +111,7 @@ def bar(label: str, *, total: float | None = None, unit: str = "rows") -> Iterat
 
     ``EMBKIT_PROGRESS=bar|plain|off`` overrides the choice by terminal.
     """
-    mode = os.environ.get("EMBKIT_PROGRESS") or ("bar" if sys.stdout.isatty() else "plain")
-    kind = {"bar": _Live, "plain": _Plain}.get(mode, _Quiet)
+    kind = {"bar": _Live, "plain": _Plain}.get(_mode(), _Quiet)
     shown = kind(label, total, unit)
     try:
         yield shown
@@ -120,6 +119,16 @@ def bar(label: str, *, total: float | None = None, unit: str = "rows") -> Iterat
         shown.close(ok=False)
         raise
     shown.close(ok=True)
+
+
+def say(text: str) -> None:
+    """Print one indented line, unless progress is off."""
+    if _mode() != "off":
+        print(f"  {text}", flush=True)
+
+
+def _mode() -> str:
+    return os.environ.get("EMBKIT_PROGRESS") or ("bar" if sys.stdout.isatty() else "plain")
 
 
 def _si(value: float) -> str:

@@ -20,6 +20,7 @@ from typing import Any
 from embkit import __version__, _rust
 from embkit.container import VERSION, read_manifest, write_manifest
 from embkit.errors import CorruptError, UsageError
+from embkit.progress import say
 
 _HASH_CACHE_FROM = 64 << 20  # smaller files are hashed faster than a cache is opened
 
@@ -115,6 +116,7 @@ def stage(
             shutil.rmtree(out)
     work = Stage(out, record["format"], digest, record)
     if work.done:
+        say(f"{out.name}: there already, nothing to do")
         yield work
         return
     lock = _lock(work.dir)

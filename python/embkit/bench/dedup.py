@@ -62,7 +62,8 @@ def _shingles(text: str) -> list[str]:
 
 def _rensa(items: tuple[str, ...], minhash: Any, lsh: Any) -> set[int]:
     index = lsh(threshold=_THRESHOLD, num_perm=128, num_bands=16)
-    signatures, flagged = [], set()
+    signatures: list[Any] = []
+    flagged = set()
     for i, text in enumerate(items):
         m = minhash(num_perm=128, seed=42)
         m.update(_shingles(text))

@@ -96,7 +96,7 @@ def mean_pool(quick: bool) -> Case:
 
     def ours() -> tuple[torch.Tensor, ...]:
         s = x.detach().requires_grad_()
-        y = kernels.mean_pool(s, mask)
+        y = kernels.mean_pool(s, mask=mask)
         return y.detach(), *torch.autograd.grad(y.square().sum(), s)
 
     def eager() -> tuple[torch.Tensor, ...]:

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from embkit.bench import Case
-from embkit.soup import average_files
+from embkit.soup import merge
 
 
 def uniform(quick: bool) -> Case:
@@ -22,14 +22,15 @@ def uniform(quick: bool) -> Case:
     for i in range(4):
         generator = torch.Generator().manual_seed(i)
         tensors = {f"w{j}": torch.randn(*s, generator=generator) for j, s in enumerate(sizes)}
-        paths.append(Path(home.name) / f"model-{i}.safetensors")
+        folder = Path(home.name) / f"model-{i}"
+        folder.mkdir()
+        paths.append(folder / "model.safetensors")
         save_file(tensors, paths[-1])
     size = sum(p.stat().st_size for p in paths)
 
     def ours() -> dict[str, Any]:
-        out = Path(home.name) / "ours.safetensors"
-        average_files(paths, out, weights=[0.25] * 4)
-        return load_file(out)
+        out = merge([path.parent for path in paths], Path(home.name) / "ours")
+        return load_file(out / "model.safetensors")
 
     def eager() -> dict[str, Any]:
         states = [load_file(p) for p in paths]

@@ -49,7 +49,7 @@ def cosent(
         dim_weights: [K] in the order of `dims`; None means 1 each.
 
     Returns:
-        The loss (), summed over widths with `dim_weights`, and the loss of each width [K].
+        The loss (), summed over widths with `dim_weights`, and each width's loss [K], detached.
         0 with zero gradient when no two labels differ. float32 (float64 for float64).
 
     Raises:
@@ -74,7 +74,8 @@ def cosent(
     if scores.dim() != 2 or labels.shape != scores.shape[1:]:
         raise ValueError(f"scores {tuple(scores.shape)} and labels {tuple(labels.shape)} differ")
     loss = cosent_op(scores.to(accumulate_dtype(scores)), labels, float(scale))
-    return weigh_dims(loss, order, dim_weights)
+    total, per_dim = weigh_dims(loss, order, dim_weights)
+    return total, per_dim.detach()
 
 
 def cosent_naive(

@@ -16,7 +16,7 @@ from . import _dispatch
 from ._common import MIN_NORM, NAMESPACE, accumulate_dtype
 
 BLOCK = 1 << 20
-"""Elements of the largest temporary of a padded sum."""
+"""Elements of the largest temporary of a padded sum on CUDA."""
 
 
 def mean_pool(
@@ -169,6 +169,24 @@ def _kept(
     return keep & (keep.to(torch.int32).cumsum(1) > limit)
 
 
+def _places(keep: Tensor) -> list[slice | Tensor | None]:
+    """Where the kept tokens of each row of keep [B, L] are: a slice if they are one run.
+
+    On CPU a sum over slices reads only kept tokens and copies nothing, which is worth a Python
+    step a row.
+    """
+    if keep.shape[1] == 0:
+        return [None] * keep.shape[0]
+    small = keep.to(torch.int8)
+    first, back = small.argmax(1).tolist(), small.flip(1).argmax(1).tolist()
+    places: list[slice | Tensor | None] = []
+    for b, count in enumerate(keep.sum(1).tolist()):
+        lo, hi = first[b], keep.shape[1] - back[b]
+        run = slice(lo, hi) if hi - lo == count else keep[b]
+        places.append(run if count else None)
+    return places
+
+
 @torch.library.custom_op(
     f"{NAMESPACE}::mean_pool_padded",
     mutates_args=(),
@@ -179,10 +197,15 @@ def mean_pool_padded(states: Tensor, keep: Tensor) -> Tensor:
     _dispatch.provider("mean_pool", states.device)
     batch, length, width = states.shape
     out = states.new_zeros(batch, width, dtype=accumulate_dtype(states))
-    step = max(1, BLOCK // max(1, length * width))
-    for b in range(0, batch, step):
-        part = torch.where(keep[b : b + step, :, None], states[b : b + step], 0)
-        torch.sum(part, dim=1, dtype=out.dtype, out=out[b : b + step])
+    if states.device.type == "cpu":
+        for b, place in enumerate(_places(keep)):
+            if place is not None:
+                torch.sum(states[b, place], dim=0, dtype=out.dtype, out=out[b])
+    else:
+        step = max(1, BLOCK // max(1, length * width))
+        for b in range(0, batch, step):
+            part = torch.where(keep[b : b + step, :, None], states[b : b + step], 0)
+            torch.sum(part, dim=1, dtype=out.dtype, out=out[b : b + step])
     return out.div_(keep.sum(1, keepdim=True).clamp_(min=1))
 
 
@@ -199,7 +222,13 @@ def _(states: Tensor, keep: Tensor) -> Tensor:
 def mean_pool_padded_backward(grad: Tensor, keep: Tensor, dtype: torch.dtype) -> Tensor:
     """Spread grad [B, H] over the kept tokens: [B, L, H]."""
     share = (grad / keep.sum(1, keepdim=True).clamp_(min=1)).to(dtype)
-    return torch.where(keep[:, :, None], share[:, None, :], 0)
+    if grad.device.type != "cpu":
+        return torch.where(keep[:, :, None], share[:, None, :], 0)
+    out = share.new_zeros(*keep.shape, share.shape[1])
+    for b, place in enumerate(_places(keep)):
+        if place is not None:
+            out[b, place] = share[b]
+    return out
 
 
 @mean_pool_padded_backward.register_fake

@@ -33,8 +33,8 @@ def spread_out(
         dim_weights: [K] in the order of `dims`; None means 1 each.
 
     Returns:
-        The loss (), summed over widths with `dim_weights`, and the loss of each width [K]; 0 when
-        B < 2.
+        The loss (), summed over widths with `dim_weights`, and each width's loss [K], detached;
+        0 when B < 2.
 
     Raises:
         ValueError: x is not [B, D], or dims do not fit.
@@ -61,7 +61,8 @@ def spread_out(
                 # A zero row has length 0, not 1: subtract what is there.
                 total = gram.square().sum() - unit.square().sum(1).square().sum()
             losses.append(total / max(1, batch * (batch - 1)))
-    return weigh_dims(torch.stack(losses), order, dim_weights)
+    total, per_dim = weigh_dims(torch.stack(losses), order, dim_weights)
+    return total, per_dim.detach()
 
 
 def spread_out_naive(x: Tensor, dims: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:

@@ -60,6 +60,16 @@ def test_against_loop(
         torch.testing.assert_close(grad.double(), want_grad, rtol=limit, atol=limit)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("layout", list(layouts(torch.float32, 1, torch.Generator())))
+def test_on_cuda(layout: str, rng: torch.Generator) -> None:
+    values = layouts(torch.float32, 17, rng)[layout]
+    want = mean_pool_ref(**values)
+    cuda = {k: v.cuda() if isinstance(v, Tensor) else v for k, v in values.items()}
+    torch.testing.assert_close(mean_pool(**cuda).cpu(), want)
+
+
 def test_padded_and_packed_agree_to_the_bit_in_float64(rng: torch.Generator) -> None:
     values = layouts(torch.float64, 16, rng)
     torch.testing.assert_close(

@@ -22,7 +22,7 @@ from embkit_kernels import (
 )
 from embkit_kernels import cosent as cosent_function
 from embkit_kernels.infonce import chunked
-from embkit_kernels.infonce.op import infonce_forward
+from embkit_kernels.infonce.op import infonce_forward, infonce_fused
 from embkit_kernels.infonce.problem import Problem
 
 KERNELS = Path(__file__).resolve().parents[2] / "kernels"
@@ -55,9 +55,12 @@ def infonce_case(rng: torch.Generator, batch: int, columns: int, width: int) -> 
     }
 
 
-def test_no_tensor_of_the_whole_problem_exists(rng: torch.Generator) -> None:
-    """Nothing the reference allocates, forward or backward, comes near B x N elements."""
-    batch, columns, dims = 1024, 2048, (4, 8)
+def test_no_tensor_of_the_whole_problem_exists(
+    rng: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing the reference allocates, forward or backward, is larger than the workspace."""
+    batch, columns, dims, workspace = 1024, 2048, (4, 8), 1 << 18
+    monkeypatch.setitem(chunked.WORKSPACE, "cpu", workspace)
     values = infonce_case(rng, batch, columns, 8)
     q, p, hard = values.pop("q"), values.pop("p"), values.pop("hard")
     problem = Problem(
@@ -67,8 +70,10 @@ def test_no_tensor_of_the_whole_problem_exists(rng: torch.Generator) -> None:
     tau = torch.tensor(0.05)
     with Largest() as largest:
         rows, x = chunked.forward(q, p, hard, tau, problem)
-        chunked.backward(torch.ones_like(rows), x, q, p, hard, tau, problem, (True, True, True))
-    assert 0 < largest.numel <= batch * columns // 4
+        needs = (True, True, True)
+        chunked.backward(torch.ones_like(rows), x, q, p, hard, tau, problem, needs)
+        chunked.fused(torch.ones_like(rows), q, p, hard, tau, problem, needs)
+    assert 0 < largest.numel <= workspace < batch * columns // 4
 
 
 def test_nothing_quadratic_is_saved_for_backward(rng: torch.Generator) -> None:
@@ -121,14 +126,15 @@ def test_same_inputs_same_bits(rng: torch.Generator) -> None:
 
 
 def loss_of_everything(q: Tensor, p: Tensor, hard: Tensor, tau: Tensor, ids: Tensor) -> Tensor:
-    loss, per_dim = infonce(
+    loss, _ = infonce(
         q, p, (16, 4), hard=hard, query_ids=ids, passage_ids=ids, temperature=tau,
         same_tower=True, symmetric=True, margin=0.1, row_weights=ids.float(),
     )  # fmt: skip
     pooled = mean_pool(hard, lengths=ids % 3, prompt_len=1, normalize=True)
     packed = mean_pool(q, cu_seqlens=torch.arange(0, q.shape[0] + 1, 2))
     ranked, _ = cosent((q, p), ids, (4, 16), dim_weights=(1.0, 2.0))
-    return loss + per_dim[0] + pooled.sum() + packed.sum() + ranked + spread_out(q)[0]
+    rows, _ = infonce(q, p, temperature=tau, reduction="none")
+    return loss + rows[0] + pooled.sum() + packed.sum() + ranked + spread_out(q)[0]
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
@@ -160,6 +166,11 @@ def test_opcheck(rng: torch.Generator) -> None:
     jagged = (torch.arange(4), torch.tensor([0, 2, 2, 3, 4]), None, ids, None, None, None, None)
     plain = (False, True, False, False, 0.0, None)
     torch.library.opcheck(infonce_forward, (q, p, None, leaves[3], [6], *jagged, *plain))
+    weights = torch.rand(2, 4, generator=rng, requires_grad=True)
+    rest = ([2, 6], *keys, *options)
+    torch.library.opcheck(infonce_fused, (*leaves, weights, True, True, True, *rest))
+    frozen = (q, p.detach(), hard.detach(), leaves[3], weights, True, False, False)
+    torch.library.opcheck(infonce_fused, (*frozen, *rest))
     start, end = torch.tensor([0, 2]), torch.tensor([2, 3])
     torch.library.opcheck(module.mean_pool_packed, (q, start, end))
     torch.library.opcheck(module.mean_pool_padded, (hard, torch.rand(4, 2) < 0.5))

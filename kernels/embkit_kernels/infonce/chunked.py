@@ -22,8 +22,11 @@ since coordinate d of segment t belongs to the prefixes k >= t: one GEMM a segme
 dtau = -(1/tau) sum G s.
 
 Candidates come in banks (passages, hard negatives, queries, documents against documents), each a
-pair of sides. A block [rows, columns] of one bank is the largest thing in memory, K + 3 of them.
-Rows are walked in the same chunks forward and backward, so that margin masks agree to the bit.
+pair of sides. Blocks [K, rows, columns] of the banks are the largest things in memory. Rows are
+walked in the same chunks everywhere, so that margin masks agree to the bit.
+
+A chunk of rows has all its columns, so its softmax is complete: `fused` takes the gradient of a
+weighted loss in the same pass (three GEMMs a segment), `forward` and `backward` recompute (four).
 """
 
 from collections.abc import Callable, Iterator
@@ -47,8 +50,9 @@ MASKED = -1e30
 EMPTY = -1e29
 """A log-sum-exp below this had nothing but masked candidates."""
 
-WORKSPACE = {"cpu": 1 << 20, "cuda": 1 << 26}
-"""Elements of a chunk's blocks together: about L2 on CPU, 256 MiB in float32 on CUDA."""
+WORKSPACE = {"cpu": 1 << 22, "cuda": 1 << 26}
+"""Elements of a chunk's blocks together, 16 and 256 MiB in float32. On CPU the GEMMs want many rows
+more than the blocks want to fit L2: at B = N = 2048 a quarter of this is a third slower."""
 
 MIN_ROWS = 16
 
@@ -56,7 +60,7 @@ MIN_ROWS = 16
 def chunk_rows(columns: int, widths: int, device: torch.device) -> int:
     """Rows in a chunk, from the workspace budget (a function of the shape alone)."""
     budget = WORKSPACE.get(device.type, WORKSPACE["cuda"])
-    return max(MIN_ROWS, budget // (max(1, columns) * (widths + 3)))
+    return max(MIN_ROWS, budget // (max(1, columns) * (2 * widths + 2)))
 
 
 class Side:
@@ -106,6 +110,19 @@ class Bank:
         return self.columns.inverse[k, rows] if self.private else self.columns.inverse[k]
 
 
+@dataclass(frozen=True)
+class Block:
+    """What a chunk's gradient needs of one bank: e = exp(y - base), e y, [K, rows, columns]."""
+
+    bank: Bank
+    rows: slice
+    e: Tensor
+    ey: Tensor
+    mass: Tensor
+    """Row sums of e, [K, rows]."""
+    base: Tensor
+
+
 class State:
     """Sides, banks, positives and per-row vectors of one call."""
 
@@ -143,8 +160,8 @@ class State:
             self.banks.append(Bank(self.q, self.q, masks.queries))
         if problem.doc_doc:
             self.banks.append(Bank(self.positive, self.p, masks.passages))
-        widest = max(bank.width for bank in self.banks)
-        self.chunk = chunk_rows(widest, len(self.dims), q.device)
+        columns = sum(bank.width for bank in self.banks)
+        self.chunk = chunk_rows(columns, len(self.dims), q.device)
 
     def of_row(self, x: Tensor, dim: int) -> Tensor:
         """Spread a per-row tensor over the positives (a copy only when they are jagged)."""
@@ -195,19 +212,53 @@ class State:
                 y.scatter_(1, own, MASKED)
             yield k, y
 
-    def cosine(self, bank: Bank, y: Tensor, k: int, rows: slice) -> Tensor:
-        """s^k from y^k; whatever at masked places, where its factor is 0."""
-        reference = self.reference[k, rows, None]
-        if bank.alpha:
-            scale = self.tau / (1 + bank.alpha * self.tau)
-            return torch.addcmul(reference * (1 - bank.alpha * scale), y, scale)
-        return torch.addcmul(reference, y, self.tau)
+    def block(self, bank: Bank, rows: slice, shift: Tensor | None = None) -> "Block":
+        """Exponentials of a chunk, relative to `shift` [K, rows] or to each row's maximum."""
+        shape = (len(self.dims), rows.stop - rows.start, bank.width)
+        e, ey = self.q.x.new_empty(shape), self.q.x.new_empty(shape)
+        base = self.q.x.new_empty(shape[:2]) if shift is None else shift
+        for k, y in self.logits(bank, rows):
+            if shift is None:
+                top = y.amax(-1)
+                base[k] = torch.where(top < EMPTY, 0, top)
+            torch.sub(y, base[k, :, None], out=e[k]).exp_()
+            torch.mul(y, e[k], out=ey[k])
+        return Block(bank, rows, e, ey, e.sum(-1), base)
 
     def excess(self, x: Tensor) -> Tensor:
         """nLSE - z_pos for each positive: X moved from the reference to that positive."""
         if self.row is None:
             return x
         return self.of_row(x, 1) - (self.s_pos - self.of_row(self.reference, 1)) / self.tau
+
+    def losses(self, x: Tensor) -> Tensor:
+        """Per-row losses [K, B] from X."""
+        excess = self.excess(x)
+        if self.problem.include_positive:
+            return self.per_row(F.softplus(excess, threshold=40))
+        return self.per_row(torch.where(excess.isneginf(), 0, excess))
+
+    def slope(self, excess: Tensor) -> Tensor:
+        """dloss / d(nLSE - z_pos)."""
+        if self.problem.include_positive:
+            return torch.sigmoid(excess)
+        return (~excess.isneginf()).to(excess.dtype)
+
+    def want_grads(self, needs: tuple[bool, bool, bool]) -> None:
+        """Make room for the gradients of q, p, hard."""
+        for side, need in ((self.q, 0), (self.p, 1), (self.positive, 1), (self.hard, 2)):
+            if side is not None and needs[need]:
+                side.want_grad()
+
+    def gradients(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Finished gradients of q, p, hard in the accumulation type, None where not wanted."""
+        dq, dhard = (
+            None if s is None or s.grad is None else s.finish() for s in (self.q, self.hard)
+        )
+        if self.p.grad is None:
+            return dq, None, dhard
+        own = self.positive.finish()
+        return dq, add_rows_(self.p.finish(), self.problem.positive_index, own), dhard
 
 
 def forward(
@@ -221,12 +272,10 @@ def forward(
             for k, y in state.logits(bank, rows):
                 x[k, rows] = torch.logaddexp(x[k, rows], torch.logsumexp(y, -1))
     x = torch.where(x < EMPTY, -torch.inf, x)
-    excess = state.excess(x)
-    if problem.include_positive:
-        loss = F.softplus(excess, threshold=40)
-    else:
-        loss = torch.where(excess.isneginf(), 0, excess)
-    return state.per_row(loss), x
+    return state.losses(x), x
+
+
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor]
 
 
 def backward(
@@ -238,7 +287,7 @@ def backward(
     tau: Tensor,
     problem: Problem,
     needs: tuple[bool, bool, bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor]:
+) -> Gradients:
     """Gradients of q, p, hard (None where `needs` is False) and the temperature.
 
     Args:
@@ -248,32 +297,55 @@ def backward(
         needs: whether q, p, hard need a gradient.
     """
     state = State(q, p, hard, tau, problem)
-    for side, need in ((state.q, needs[0]), (state.p, needs[1]), (state.positive, needs[1])):
-        if need:
-            side.want_grad()
-    if state.hard is not None and needs[2]:
-        state.hard.want_grad()
-
+    state.want_grads(needs)
     grad = grad.to(x.dtype)
-    excess = state.excess(x)
-    slope = torch.sigmoid(excess) if problem.include_positive else (~excess.isneginf()).to(x.dtype)
+    slope = state.slope(state.excess(x))
     pull = _positives_backward(state, state.of_row(grad, 1) * slope)
     weight_kb = grad * state.per_row(slope) / state.tau  # sum_j G_ij
     x = torch.where(x.isneginf(), 0, x)
     for rows in state.chunks():
         for bank in state.banks:
-            pull = pull + _bank_backward(state, bank, rows, x, weight_kb)
+            block = state.block(bank, rows, x[:, rows])
+            pull = pull + _block_backward(state, block, weight_kb[:, rows])
+    return *state.gradients(), -pull / state.tau
 
-    dtau = (-pull / state.tau).to(tau.dtype)
-    dq = state.q.finish().to(q.dtype) if needs[0] else None
-    dhard = None
-    if state.hard is not None and hard is not None and needs[2]:
-        dhard = state.hard.finish().to(hard.dtype)
-    dp = None
-    if needs[1]:
-        own = state.positive.finish()
-        dp = add_rows_(state.p.finish(), problem.positive_index, own).to(p.dtype)
-    return dq, dp, dhard, dtau
+
+def fused(
+    weights: Tensor,
+    q: Tensor,
+    p: Tensor,
+    hard: Tensor | None,
+    tau: Tensor,
+    problem: Problem,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor, Gradients]:
+    """Per-row losses [K, B], and the gradients of sum(weights * losses), in one pass.
+
+    Args:
+        weights: [K, B].
+        q, p, hard, tau, problem, needs: as in `backward`, and its gradients.
+    """
+    if problem.positive_offsets is not None:
+        # Slopes of a chunk's rows would need its jagged positives apart: recompute instead.
+        loss, x = forward(q, p, hard, tau, problem)
+        return loss, backward(weights, x, q, p, hard, tau, problem, needs)
+    state = State(q, p, hard, tau, problem)
+    state.want_grads(needs)
+    weights = weights.to(state.q.x.dtype)
+    x = torch.empty_like(state.reference)
+    pull = x.new_zeros(())
+    for rows in state.chunks():
+        blocks = [state.block(bank, rows) for bank in state.banks]
+        # Masked exponentials are exactly 0: no mass means no candidate, log gives -inf.
+        top = torch.logsumexp(torch.stack([b.base + b.mass.log() for b in blocks]), 0)
+        x[:, rows] = top
+        weight = weights[:, rows] * state.slope(top) / state.tau
+        top = torch.where(top.isneginf(), 0, top)
+        for block in blocks:
+            share = (block.base - top).exp_().mul_(weight)
+            pull = pull + _block_backward(state, block, share)
+    pull = pull + _positives_backward(state, weights * state.slope(x))
+    return state.losses(x), (*state.gradients(), -pull / state.tau)
 
 
 def _positives_backward(state: State, weight: Tensor) -> Tensor:
@@ -305,29 +377,29 @@ def _positives_backward(state: State, weight: Tensor) -> Tensor:
     return gs.sum()
 
 
-def _bank_backward(state: State, bank: Bank, rows: slice, x: Tensor, weight_kb: Tensor) -> Tensor:
-    """Add a bank's share of the gradients for a chunk of rows; returns sum G s."""
-    size = rows.stop - rows.start
-    c = x.new_empty(len(state.dims), size, bank.width)
-    total = x.new_zeros(())
-    for k, y in state.logits(bank, rows):
-        weight = weight_kb[k, rows]
-        s = state.cosine(bank, y, k, rows)
-        prob = torch.sub(y, x[k, rows, None], out=c[k]).exp_()
-        ps = s.mul_(prob)
-        pulled = weight * ps.sum(-1)
-        total = total + pulled.sum()
-        if bank.rows.pull is not None:
-            bank.rows.pull[k, rows] += pulled
-        if bank.columns.pull is not None:
-            if bank.private:
-                bank.columns.pull[k, rows] += ps.mul_(weight[:, None])
-            else:
-                bank.columns.pull[k] += weight @ ps
-        a = bank.rows.inverse[k, rows]
-        prob.mul_((weight * a)[:, None]).mul_(bank.column_inverse(k, rows))
-    suffix_sum_(c)
+def _block_backward(state: State, block: Block, weight: Tensor) -> Tensor:
+    """Add a block's share of the gradients, G = weight * e; returns sum G s.
+
+    Consumes the block. With s = tau y + reference (a little more with alpha), the row and column
+    sums of G s come from e and e y.
+    """
+    bank, rows, c, ey = block.bank, block.rows, block.e, block.ey
     u, v = bank.rows, bank.columns
+    scale = state.tau / (1 + bank.alpha * state.tau)
+    offset = weight * state.reference[:, rows] * (1 - bank.alpha * scale)
+    scale = weight * scale
+    pulled = scale * ey.sum(-1) + offset * block.mass
+    if u.pull is not None:
+        u.pull[:, rows] += pulled
+    if v.pull is not None:
+        if bank.private:
+            v.pull[:, rows] += ey.mul_(scale[..., None]).addcmul_(offset[..., None], c)
+        else:
+            for k in range(len(state.dims)):
+                v.pull[k].addmv_(ey[k].t(), scale[k]).addmv_(c[k].t(), offset[k])
+    c.mul_((weight * u.inverse[:, rows])[..., None])
+    c.mul_(v.inverse[:, rows] if bank.private else v.inverse[:, None])
+    suffix_sum_(c)
     for t, (lo, hi) in enumerate(segments(state.dims)):
         if bank.private:
             if u.grad is not None:
@@ -340,4 +412,4 @@ def _bank_backward(state: State, bank: Bank, rows: slice, x: Tensor, weight_kb: 
                 u.grad[rows, lo:hi].addmm_(c[t], v.x[:, lo:hi])
             if v.grad is not None:
                 v.grad[:, lo:hi].addmm_(c[t].t(), u.x[rows, lo:hi])
-    return total
+    return pulled.sum()

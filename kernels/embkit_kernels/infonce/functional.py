@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .._common import accumulate_dtype, resolve_dims, take_rows, weigh_dims
-from .op import infonce_rows
+from .op import infonce_rows, infonce_sum
 from .problem import Problem
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -86,7 +86,8 @@ def infonce(
 
     Returns:
         The loss, summed over widths with `dim_weights`, and the unweighted loss at each width in
-        the order of `dims`: () and [K], or [B] and [K, B] for reduction="none". float32.
+        the order of `dims`, detached: () and [K], or [B] and [K, B] for reduction="none".
+        float32 (float64 for float64 inputs).
 
     Raises:
         ValueError: shapes, ids or options that do not fit together.
@@ -161,7 +162,8 @@ def infonce(
         hardness_alpha=float(hardness_alpha),
         margin=None if margin is None else float(margin),
     )
-    rows_kb = infonce_rows(q, p, hard, tau, forward)
+    directions: list[tuple[Tensor, Tensor, Tensor | None, Tensor, Problem]]
+    directions = [(q, p, hard, tau, forward)]
     if symmetric:
         if not in_batch:
             raise ValueError("symmetric needs in_batch: the reverse direction has nothing else")
@@ -178,8 +180,23 @@ def infonce(
             doc_doc=same_tower,
             margin=forward.margin,
         )
-        rows_kb = (rows_kb + infonce_rows(own, q, None, tau, reverse)) / 2
-    return _reduce(rows_kb, order, dim_weights, row_weights, reduction)
+        directions.append((own, q, None, tau, reverse))
+
+    row_b = _row_weights(row_weights, q.new_ones(batch, dtype=accumulate_dtype(q, p, hard)))
+    row_b = row_b / len(directions)
+    if reduction == "none":
+        rows_kb = torch.stack([infonce_rows(*direction) for direction in directions]).sum(0) * row_b
+        loss, per_dim = weigh_dims(rows_kb, order, dim_weights)
+        return loss, per_dim.detach()
+    if reduction == "mean":
+        # An empty micro-batch has weights 0: its loss is 0, not NaN.
+        total = row_b.sum() * len(directions)
+        row_b = row_b / torch.where(total > 0, total, 1)
+    dim_k = _dim_weights(dim_weights, order, row_b)
+    results = [infonce_sum(*direction, dim_k[:, None] * row_b) for direction in directions]
+    loss = torch.stack([loss for loss, _ in results]).sum()
+    per_dim = (torch.stack([rows for _, rows in results]).sum(0) * row_b.detach()).sum(1)
+    return loss, torch.stack([per_dim[i] for i in order])
 
 
 def value_and_grads(
@@ -223,31 +240,26 @@ def value_and_grads(
     return loss.detach(), per_dim.detach(), dq, dp, rest[0] if rest else None, dtau
 
 
-def _reduce(
-    rows_kb: Tensor,
-    order: Sequence[int],
-    dim_weights: Sequence[float] | Tensor | None,
-    row_weights: Tensor | None,
-    reduction: str,
-) -> tuple[Tensor, Tensor]:
-    if row_weights is not None:
-        if row_weights.shape != rows_kb.shape[1:]:
-            raise ValueError(
-                f"row_weights has shape {tuple(row_weights.shape)}, q has {rows_kb.shape[1]} rows"
-            )
-        weights = row_weights.to(rows_kb.dtype)
-        rows_kb = rows_kb * weights
-    if reduction == "none":
-        return weigh_dims(rows_kb, order, dim_weights)
-    per_dim = rows_kb.sum(1)
-    if reduction == "mean":
-        if row_weights is None:
-            per_dim = per_dim / max(1, rows_kb.shape[1])
-        else:
-            # An empty micro-batch has weights 0: its loss is 0, not NaN.
-            total = weights.sum()
-            per_dim = per_dim / torch.where(total > 0, total, 1)
-    return weigh_dims(per_dim, order, dim_weights)
+def _row_weights(row_weights: Tensor | None, ones: Tensor) -> Tensor:
+    if row_weights is None:
+        return ones
+    if row_weights.shape != ones.shape:
+        raise ValueError(
+            f"row_weights has shape {tuple(row_weights.shape)}, q has {len(ones)} rows"
+        )
+    return row_weights.to(ones.dtype)
+
+
+def _dim_weights(
+    dim_weights: Sequence[float] | Tensor | None, order: Sequence[int], like: Tensor
+) -> Tensor:
+    """Weights [K] in ascending order of widths."""
+    if dim_weights is None:
+        return like.new_ones(len(order))
+    weights = torch.as_tensor(dim_weights, dtype=like.dtype, device=like.device)
+    if weights.shape != (len(order),):
+        raise ValueError(f"dim_weights has shape {tuple(weights.shape)}, dims has {len(order)}")
+    return torch.stack([weights[order.index(k)] for k in range(len(order))])
 
 
 def _check_embeddings(q: Tensor, p: Tensor, hard: Tensor | None) -> None:

@@ -1,4 +1,8 @@
-"""InfoNCE as two custom ops, forward and backward, opaque to torch.compile.
+"""InfoNCE as custom ops, opaque to torch.compile.
+
+`infonce_forward` and `infonce_backward` are the pair that any reduction works with.
+`infonce_fused` is the CPU's short cut for a scalar loss whose weights are known: it takes the
+gradients on the way (three units of work, not four) and its backward scales them.
 
 `torch.library.custom_op` with a fake and a registered backward: full graphs, AOT autograd and
 `opcheck` work, and no [rows, columns] tensor is ever saved. A Triton kernel takes the branch that
@@ -78,9 +82,28 @@ def infonce_backward(
     _dispatch.provider("infonce", q.device)
     needs = (need_q, need_p, need_hard)
     with full_precision(q.device):
-        *grads, dtau = chunked.backward(grad, x, q, p, hard, tau, _problem(fields), needs)
-    dq, dp, dhard = (q.new_empty(0) if g is None else g for g in grads)
+        grads = chunked.backward(grad, x, q, p, hard, tau, _problem(fields), needs)
+    return _cast(grads, q, p, hard, tau)
+
+
+def _cast(
+    grads: chunked.Gradients, q: Tensor, p: Tensor, hard: Tensor | None, tau: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dq, dp, dhard, dtau = (
+        q.new_empty(0) if g is None or like is None else g.to(like.dtype)
+        for g, like in zip(grads, (q, p, hard, tau), strict=True)
+    )
     return dq, dp, dhard, dtau
+
+
+def _fake_gradients(
+    q: Tensor, p: Tensor, hard: Tensor | None, tau: Tensor, needs: tuple[bool, bool, bool]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dq, dp, dhard = (
+        like.new_empty(like.shape) if like is not None and need else q.new_empty(0)
+        for like, need in zip((q, p, hard), needs, strict=True)
+    )
+    return dq, dp, dhard, tau.new_empty(tau.shape)
 
 
 @infonce_backward.register_fake
@@ -96,14 +119,7 @@ def _(
     need_hard: bool,
     *fields: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    none = q.new_empty(0)
-    dhard = q.new_empty(0) if hard is None or not need_hard else hard.new_empty(hard.shape)
-    return (
-        q.new_empty(q.shape) if need_q else none,
-        p.new_empty(p.shape) if need_p else q.new_empty(0),
-        dhard,
-        tau.new_empty(tau.shape),
-    )
+    return _fake_gradients(q, p, hard, tau, (need_q, need_p, need_hard))
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -131,10 +147,95 @@ def _backward(ctx: Any, grad: Tensor | None, _grad_x: Tensor | None) -> tuple[An
 infonce_forward.register_autograd(_backward, setup_context=_setup)
 
 
+@torch.library.custom_op(
+    f"{NAMESPACE}::infonce_fused",
+    mutates_args=(),
+    schema=(
+        "(Tensor q, Tensor p, Tensor? hard, Tensor tau, Tensor weights,"
+        f" bool need_q, bool need_p, bool need_hard, {_PROBLEM_SCHEMA})"
+        " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    ),
+)
+def infonce_fused(
+    q: Tensor,
+    p: Tensor,
+    hard: Tensor | None,
+    tau: Tensor,
+    weights: Tensor,
+    need_q: bool,
+    need_p: bool,
+    need_hard: bool,
+    *fields: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """sum(weights * rows), the per-row losses [K, B], and the sum's gradients of q, p, hard, tau.
+
+    Only the first output is differentiable (in weights too); a gradient not needed is empty.
+    """
+    _dispatch.provider("infonce", q.device)
+    needs = (need_q, need_p, need_hard)
+    with full_precision(q.device):
+        rows, grads = chunked.fused(weights, q, p, hard, tau, _problem(fields), needs)
+        return (rows * weights).sum(), rows, *_cast(grads, q, p, hard, tau)
+
+
+@infonce_fused.register_fake
+def _(
+    q: Tensor,
+    p: Tensor,
+    hard: Tensor | None,
+    tau: Tensor,
+    weights: Tensor,
+    need_q: bool,
+    need_p: bool,
+    need_hard: bool,
+    *fields: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    acc = accumulate_dtype(q, p, hard)
+    rows = q.new_empty((len(fields[0]), q.shape[0]), dtype=acc)
+    grads = _fake_gradients(q, p, hard, tau, (need_q, need_p, need_hard))
+    return q.new_empty((), dtype=acc), rows, *grads
+
+
+def _fused_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*output[1:])
+    ctx.count = len(inputs)
+    ctx.set_materialize_grads(False)
+
+
+def _fused_backward(ctx: Any, grad: Tensor | None, *_others: Tensor | None) -> tuple[Any, ...]:
+    nothing = [None] * ctx.count
+    if grad is None:
+        return tuple(nothing)
+    rows, *saved = ctx.saved_tensors
+    needs = ctx.needs_input_grad
+    out = [(g * grad).to(g.dtype) if n else None for g, n in zip(saved, needs[:4], strict=True)]
+    return (*out, rows * grad if needs[4] else None, *nothing[5:])
+
+
+infonce_fused.register_autograd(_fused_backward, setup_context=_fused_setup)
+
+
+def _fields(problem: Problem) -> list[Any]:
+    fields = [getattr(problem, name) for name in Problem.__dataclass_fields__]
+    return [list(fields[0]), *fields[1:]]
+
+
 def infonce_rows(
     q: Tensor, p: Tensor, hard: Tensor | None, tau: Tensor, problem: Problem
 ) -> Tensor:
     """Per-row, per-width losses [K, B] (widths ascending), differentiable in q, p, hard, tau."""
-    fields = [getattr(problem, name) for name in Problem.__dataclass_fields__]
-    rows, _ = infonce_forward(q, p, hard, tau, list(fields[0]), *fields[1:])
+    rows: Tensor = infonce_forward(q, p, hard, tau, *_fields(problem))[0]
     return rows
+
+
+def infonce_sum(
+    q: Tensor, p: Tensor, hard: Tensor | None, tau: Tensor, problem: Problem, weights: Tensor
+) -> tuple[Tensor, Tensor]:
+    """sum(weights * rows), differentiable, and the rows [K, B] themselves, detached."""
+    sides = (q, p, hard)
+    needs = [x is not None and x.requires_grad for x in sides]
+    if q.device.type == "cpu" and torch.is_grad_enabled() and (any(needs) or tau.requires_grad):
+        loss, rows, *_ = infonce_fused(q, p, hard, tau, weights, *needs, *_fields(problem))
+        return loss, rows.detach()
+    rows = infonce_rows(q, p, hard, tau, problem)
+    return (rows * weights).sum(), rows.detach()

@@ -148,11 +148,11 @@ pub(crate) fn check_ours(path: &Path, file: &[u8], header: &Header) -> Result<Fi
     if digits != format!("{actual:08x}").as_bytes() {
         return Err(bad("has a header that does not match its checksum".into()));
     }
-    if header.data % ALIGN != 0 {
+    if !header.data.is_multiple_of(ALIGN) {
         return Err(bad(format!("has data at byte {}, not a multiple of {ALIGN}", header.data)));
     }
     for e in &header.entries {
-        if e.start % e.dtype.size() != 0 {
+        if !e.start.is_multiple_of(e.dtype.size()) {
             return Err(bad(format!("has tensor '{}' at unaligned byte {}", e.name, e.start)));
         }
     }

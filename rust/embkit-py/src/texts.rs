@@ -1,0 +1,112 @@
+//! Deduplication, contamination and tokenisation.
+
+use crate::arrays::{PyShards, array, info, shards, slice};
+use crate::door::long;
+use embkit_dedup::{ContaminationParams, DedupParams, ShingleParams};
+use embkit_store::tokenize::{Inputs, SHARD_BYTES, Settings};
+use numpy::{PyArray1, PyReadonlyArray1};
+use pyo3::prelude::*;
+use pyo3::types::PyDict;
+use std::path::PathBuf;
+
+type U64s<'py> = Bound<'py, PyArray1<u64>>;
+type F32s<'py> = Bound<'py, PyArray1<f32>>;
+
+/// Near-duplicate star clusters: `(representative, similarity, pairs checked)`.
+#[pyfunction]
+#[pyo3(signature = (shards, threshold=0.8, seed=0, word_n=3, char_n=5, threads=0, progress=None))]
+pub(crate) fn near_duplicates<'py>(
+    py: Python<'py>,
+    shards: PyShards<'py>,
+    threshold: f64,
+    seed: u64,
+    word_n: usize,
+    char_n: usize,
+    threads: usize,
+    progress: Option<&Bound<'py, PyAny>>,
+) -> PyResult<(U64s<'py>, F32s<'py>, u64)> {
+    let texts = crate::arrays::shards(py, &shards)?;
+    let shingle = ShingleParams { words: word_n, chars: char_n };
+    let params = DedupParams { threshold, seed, shingle, threads };
+    let found = long(py, progress, |job| embkit_dedup::near_duplicates(&texts, &params, job))?;
+    Ok((array(py, found.representative), array(py, found.similarity), found.checked))
+}
+
+type Leaks<'py> = (U64s<'py>, U64s<'py>, U64s<'py>, U64s<'py>, F32s<'py>);
+
+/// Training rows that contain evaluation text: `(train_row, eval_row, start, end, overlap)`.
+#[pyfunction]
+#[pyo3(signature = (train, eval, words=13, chars=50, common=10, threads=0, progress=None))]
+pub(crate) fn contamination<'py>(
+    py: Python<'py>,
+    train: PyShards<'py>,
+    eval: PyShards<'py>,
+    words: usize,
+    chars: usize,
+    common: u32,
+    threads: usize,
+    progress: Option<&Bound<'py, PyAny>>,
+) -> PyResult<Leaks<'py>> {
+    let (train, eval) = (shards(py, &train)?, shards(py, &eval)?);
+    let params = ContaminationParams { words, chars, common, threads };
+    let found = long(py, progress, |job| embkit_dedup::contamination(&train, &eval, &params, job))?;
+    let hits = &found.hits;
+    Ok((
+        array(py, hits.iter().map(|h| h.train_row).collect()),
+        array(py, hits.iter().map(|h| h.eval_row).collect()),
+        array(py, hits.iter().map(|h| h.start).collect()),
+        array(py, hits.iter().map(|h| h.end).collect()),
+        array(py, hits.iter().map(|h| h.overlap).collect()),
+    ))
+}
+
+/// Encode rows into token shards in `out_dir`; adopts verified shards that are there.
+#[pyfunction]
+#[pyo3(signature = (out_dir, shards, row, prompt, prompts, role, source, text_id, cluster,
+    tokenizer_json, max_length, shard_bytes=SHARD_BYTES, threads=0, progress=None))]
+pub(crate) fn tokenize<'py>(
+    py: Python<'py>,
+    out_dir: PathBuf,
+    shards: PyShards<'py>,
+    row: PyReadonlyArray1<'py, u64>,
+    prompt: PyReadonlyArray1<'py, u16>,
+    prompts: Vec<String>,
+    role: PyReadonlyArray1<'py, u8>,
+    source: PyReadonlyArray1<'py, u16>,
+    text_id: PyReadonlyArray1<'py, u64>,
+    cluster: PyReadonlyArray1<'py, u64>,
+    tokenizer_json: &str,
+    max_length: Vec<u32>,
+    shard_bytes: u64,
+    threads: usize,
+    progress: Option<&Bound<'py, PyAny>>,
+) -> PyResult<Bound<'py, PyDict>> {
+    let texts = crate::arrays::shards(py, &shards)?;
+    let inputs = Inputs {
+        texts: &texts,
+        row: slice(py, &row, "row")?,
+        prompt: slice(py, &prompt, "prompt")?,
+        role: slice(py, &role, "role")?,
+        source: slice(py, &source, "source")?,
+        text_id: slice(py, &text_id, "text_id")?,
+        cluster: slice(py, &cluster, "cluster")?,
+    };
+    let (prompts, max_length) = (prompts.as_slice(), max_length.as_slice());
+    let settings = Settings { prompts, tokenizer_json, max_length, shard_bytes, threads };
+    let report = long(py, progress, |job| {
+        embkit_store::tokenize::tokenize(job, &out_dir, inputs, settings)
+    })?;
+    let out = PyDict::new(py);
+    out.set_item("shards", report.shards)?;
+    out.set_item("rows", report.rows)?;
+    out.set_item("tokens", report.tokens)?;
+    out.set_item("truncated", report.truncated)?;
+    out.set_item("adopted", report.adopted)?;
+    out.set_item("backend", report.backend)?;
+    let files = PyDict::new(py);
+    for (name, recorded) in &report.files {
+        files.set_item(name, info(py, recorded)?)?;
+    }
+    out.set_item("files", files)?;
+    Ok(out)
+}

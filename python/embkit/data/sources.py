@@ -88,14 +88,25 @@ def feed(source: Source, builder: Any, *, seen: Callable[[bytes], None] | None =
 
     Args:
         seen: called with every batch of JSON lines that did not come from a JSONL file.
+
+    Raises:
+        CorruptError: no rows at all, or a file that cannot be decoded.
     """
     if source.form == "jsonl":
         builder.add_jsonl(str(source.path), source.name, source.task, source.kind)
         return
+    empty = True
     for block in _blocks(source):
+        empty = False
         if seen is not None:
             seen(block)
         builder.add_lines(block, source.name, source.task, source.kind)
+    if empty:
+        raise CorruptError(
+            "The source has no rows.",
+            where=source.path or source.name,
+            fix="give data with records",
+        )
 
 
 # ---------------------------------------------------------------- finding

@@ -8,8 +8,9 @@
 //!    hundred thousand variants of one text cost one comparison each.
 //!
 //! The order depends on the texts alone, so neither the input order nor the threads show in the
-//! clusters. Shingle sets are not kept: candidates are shingled again, which costs less than the
-//! memory would. Texts without a visible character never cluster.
+//! clusters. Of representatives with company in a bucket the high halves of the shingles are kept
+//! (4 bytes each): what they share bounds the similarity from above and settles most proposals; the
+//! rest are shingled again. Texts without a visible character never cluster.
 
 use crate::minhash::{Bands, Signer};
 use crate::shingle::{ShingleParams, Shingler, jaccard};
@@ -88,7 +89,7 @@ pub fn near_duplicates(shards: &[TextShard], params: &DedupParams, job: &Job) ->
         ));
     }
     let bands = Bands::for_threshold(params.threshold);
-    let sketches = sketch(&texts, bands, params, job)?;
+    let mut sketches = sketch(&texts, bands, params, job)?;
 
     let mut clusters = Clusters {
         representative: (0..texts.len() as u64).collect(),
@@ -97,6 +98,7 @@ pub fn near_duplicates(shards: &[TextShard], params: &DedupParams, job: &Job) ->
     };
     let leader = exact(&sketches, &mut clusters.representative);
     let buckets = Buckets::new(&sketches, &leader, bands.bands, params.threads, job)?;
+    sketches.keys = Vec::new(); // most of the memory, and not read again
     let stars = Greedy { texts: &texts, sketches: &sketches, leader: &leader, buckets, params };
     let joined = stars.run(&mut clusters.checked, job)?;
 
@@ -210,10 +212,13 @@ struct Greedy<'a> {
     params: &'a DedupParams,
 }
 
-/// The representatives seen so far, as one linked list per bucket, newest first.
+/// The representatives seen so far: one linked list per bucket, newest first, and for those in any
+/// bucket the sorted high halves of their shingles, one after the other.
 struct Lists {
     head: Vec<Vec<u32>>,
     next: Vec<Vec<u32>>,
+    halves: Vec<u32>,
+    start: Vec<usize>, // per form; its length is its number of shingles
 }
 
 /// What the parallel part finds for one form: its set (if any bucket has company), its best frozen
@@ -227,6 +232,8 @@ impl Greedy<'_> {
         let mut lists = Lists {
             head: self.buckets.count.iter().map(|&n| vec![NONE; n]).collect(),
             next: self.buckets.count.iter().map(|_| vec![NONE; forms]).collect(),
+            halves: Vec::new(),
+            start: vec![0; forms],
         };
         let mut joined = Vec::with_capacity(forms);
         let mut candidates = Vec::new();
@@ -247,8 +254,8 @@ impl Greedy<'_> {
                         }
                     }
                 }
-                if best.is_none() {
-                    self.insert(p, &mut lists);
+                if let (None, Some(set)) = (best, set) {
+                    self.insert(p, set, &mut lists);
                 }
                 joined.push(best.map(|(q, similarity)| (self.leader[q as usize], similarity)));
             }
@@ -279,7 +286,9 @@ impl Greedy<'_> {
                 let mut best = None;
                 for &q in &candidates {
                     job.check()?;
-                    if self.can_reach(p as u32, q) {
+                    let other_len = self.shingles(q);
+                    let kept = &lists.halves[lists.start[q as usize]..][..other_len];
+                    if self.can_reach(&set, kept) {
                         shingler.shingles(self.text(q)?, &mut other);
                         self.improve(q, jaccard(&set, &other), &mut best);
                     }
@@ -310,11 +319,27 @@ impl Greedy<'_> {
         out.dedup();
     }
 
-    /// Whether the sizes of two sets allow the threshold: J <= smaller / larger.
-    fn can_reach(&self, p: u32, q: u32) -> bool {
-        let size = |p: u32| f64::from(self.sketches.shingles[self.leader[p as usize] as usize]);
-        let (a, b) = (size(p), size(q));
-        a.min(b) / a.max(b) >= self.params.threshold
+    fn shingles(&self, p: u32) -> usize {
+        self.sketches.shingles[self.leader[p as usize] as usize] as usize
+    }
+
+    /// Whether two sets may reach the threshold, by size (J <= smaller / larger) and then by the
+    /// high halves in common, which are at least as many as the shingles in common.
+    fn can_reach(&self, set: &[u64], halves: &[u32]) -> bool {
+        let (a, b) = (set.len(), halves.len());
+        let enough =
+            |shared: usize, all: usize| shared as f64 / all as f64 >= self.params.threshold;
+        if !enough(a.min(b), a.max(b)) {
+            return false;
+        }
+        let (mut i, mut j, mut shared) = (0, 0, 0);
+        while let (Some(x), Some(y)) = (set.get(i), halves.get(j)) {
+            let x = (x >> 32) as u32;
+            shared += usize::from(x == *y);
+            i += usize::from(x <= *y);
+            j += usize::from(*y <= x);
+        }
+        enough(shared, a + b - shared)
     }
 
     /// Keeps the most similar representative that reaches the threshold, the earlier one on a tie.
@@ -325,7 +350,9 @@ impl Greedy<'_> {
         }
     }
 
-    fn insert(&self, p: u32, lists: &mut Lists) {
+    fn insert(&self, p: u32, set: &[u64], lists: &mut Lists) {
+        lists.start[p as usize] = lists.halves.len();
+        lists.halves.extend(set.iter().map(|x| (x >> 32) as u32));
         for ((bucket, head), next) in
             self.buckets.bucket.iter().zip(&mut lists.head).zip(&mut lists.next)
         {

@@ -101,21 +101,50 @@ impl Shingler {
     }
 }
 
+/// 2 for ASCII that begins a word, 1 for what only continues one, else 0; see [`is_word_char`].
+const ASCII: [u8; 256] = {
+    let mut class = [0; 256];
+    let mut byte = 0u8;
+    while byte < 128 {
+        class[byte as usize] = match byte {
+            b'+' | b'#' => 1,
+            b'_' => 2,
+            _ => 2 * byte.is_ascii_alphanumeric() as u8,
+        };
+        byte += 1;
+    }
+    class
+};
+
 /// Calls `f(start, end)` with the byte span of each word of `text`.
+#[inline]
 pub(crate) fn for_each_word(text: &str, mut f: impl FnMut(usize, usize)) {
-    let mut start = None;
-    let mut step = |at: usize, c: char| match start {
-        None if is_word_char(c) => start = Some(at),
-        Some(from) if !continues_word(c) => {
-            f(from, at);
-            start = None;
-        }
-        _ => {}
-    };
     if text.is_ascii() {
-        text.bytes().enumerate().for_each(|(at, byte)| step(at, byte as char));
-    } else {
-        text.char_indices().for_each(|(at, c)| step(at, c));
+        let class = |at: usize| text.as_bytes().get(at).map_or(0, |byte| ASCII[*byte as usize]);
+        let mut at = 0;
+        while at < text.len() {
+            if class(at) < 2 {
+                at += 1;
+                continue;
+            }
+            let start = at;
+            while class(at) > 0 {
+                at += 1;
+            }
+            f(start, at);
+        }
+        return;
+    }
+    let mut start = None;
+    for (at, c) in text.char_indices() {
+        match start {
+            None if is_word_char(c) => start = Some(at),
+            Some(from) if !continues_word(c) => {
+                f(from, at);
+                start = None;
+            }
+            _ => {}
+        }
     }
     if let Some(from) = start {
         f(from, text.len());
@@ -168,6 +197,16 @@ mod tests {
         let p = ShingleParams::default();
         assert_eq!(shingles("軟體開發套件", p).len(), 2);
         assert_eq!(shingles("軟體 開發，套件。", p), shingles("軟體開發套件", p));
+    }
+
+    #[test]
+    fn ascii_table_agrees_with_the_rule() {
+        for byte in 0..128u8 {
+            let c = byte as char;
+            let want =
+                2 * u8::from(is_word_char(c)) + u8::from(continues_word(c) && !is_word_char(c));
+            assert_eq!(ASCII[byte as usize], want, "{c:?}");
+        }
     }
 
     proptest! {

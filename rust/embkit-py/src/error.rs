@@ -17,7 +17,8 @@ const EIO: i32 = 5;
 pub(crate) fn to_py(py: Python, error: Error) -> PyErr {
     let made = match error {
         Error::Corrupt { path, what, fix } => {
-            make(&py.get_type::<CorruptError>(), sentence("This file ", &what), Some(&path), fix)
+            let subject = if path.is_dir() { "This directory " } else { "This file " };
+            make(&py.get_type::<CorruptError>(), sentence(subject, &what), Some(&path), fix)
         }
         Error::Version { path, found, supported } => make(
             &py.get_type::<FormatError>(),
@@ -38,7 +39,7 @@ pub(crate) fn to_py(py: Python, error: Error) -> PyErr {
                 Some(n) => source.to_string().replace(&format!(" (os error {n})"), ""),
                 None => source.to_string(),
             };
-            return PyOSError::new_err((errno, text, path));
+            return PyOSError::new_err((errno, text, path.into_os_string()));
         }
         Error::Cancelled => return PyKeyboardInterrupt::new_err(()),
     };
@@ -73,9 +74,10 @@ fn sentence(subject: &str, what: &str) -> String {
     if !text.ends_with(['.', '!', '?']) {
         text.push('.');
     }
-    if let Some(first) = text.get(..1) {
-        let upper = first.to_uppercase();
-        text.replace_range(..1, &upper);
+    // A capital, but not for the name of an argument ("cu_seqlens has ...").
+    let word = text.split([' ', ':']).next().unwrap_or_default();
+    if word.chars().all(|c| c.is_ascii_lowercase()) {
+        text.get_mut(..1).map_or((), str::make_ascii_uppercase);
     }
     text
 }

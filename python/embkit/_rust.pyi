@@ -1,0 +1,331 @@
+"""The Rust half of embkit: files, records, deduplication, tokens, search.
+
+Arrays are numpy arrays, C-contiguous, of exactly the dtype that is stated. ``Shards`` are texts as
+they lie in ``raw-*.safetensors``: per shard the UTF-8 bytes (u8) and ``n + 1`` offsets (u64); rows
+count on across shards. Paths may be ``str`` or path-like.
+
+Every function that works on data runs without the GIL. Those with a ``progress`` argument run on
+threads of their own: ``progress(done)`` is called about every 50 ms and at the end, and Ctrl-C
+stops them within 300 ms. ``threads=0`` means ``EMBKIT_THREADS`` or all that the system grants; the
+number of threads never changes a result.
+
+Errors: ``embkit.errors.UsageError`` (wrong arguments), ``CorruptError`` (damaged files; its
+subclass ``FormatError`` for newer formats), and Python's own ``OSError`` subclasses with ``errno``
+and ``filename``. File formats: docs/formats.md.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from os import PathLike
+from typing import Any, TypeAlias, final
+
+import numpy as np
+from numpy.typing import NDArray
+
+_Path: TypeAlias = str | PathLike[str]
+_U8: TypeAlias = NDArray[np.uint8]
+_U16: TypeAlias = NDArray[np.uint16]
+_U32: TypeAlias = NDArray[np.uint32]
+_U64: TypeAlias = NDArray[np.uint64]
+_I32: TypeAlias = NDArray[np.int32]
+_F32: TypeAlias = NDArray[np.float32]
+_Progress: TypeAlias = Callable[[int], object] | None
+Shards: TypeAlias = Sequence[tuple[_U8, _U64]]
+_FileInfo: TypeAlias = dict[str, int]  # length, header_crc, crc_crc: what a manifest records
+
+__version__: str
+
+# ---------------------------------------------------------------- checksums and publishing
+
+def crc32c(data: bytes | bytearray) -> int:
+    """CRC-32C (Castagnoli) of bytes."""
+
+def blake3(data: bytes | bytearray) -> str:
+    """BLAKE3 of bytes, 64 hex digits."""
+
+def blake3_file(path: _Path) -> str:
+    """BLAKE3 of a file's content, 64 hex digits. Raises OSError."""
+
+def publish_file(path: _Path, data: bytes | bytearray) -> None:
+    """Write a file that is whole or absent, also through power loss.
+
+    A temporary file in the same directory, fsync, rename, fsync of the directory. The mode is that
+    of the file replaced, or follows the umask; a symbolic link is replaced, not followed. Raises
+    OSError with the old state intact.
+    """
+
+def publish_dir(tmp: _Path, final: _Path) -> None:
+    """Move a finished directory to its final name in one step, everything in it fsynced first.
+
+    Replaces a directory that is there; the old one is deleted last. Raises OSError with ``final``
+    as it was and ``tmp`` still there, UsageError when ``tmp`` holds symbolic links.
+    """
+
+def sweep_tmp(dir: _Path) -> int:
+    """Remove temporary files and directories of dead writers from ``dir``; returns how many.
+
+    A live process's are kept, those of another machine for a week, and names that embkit did not
+    make always.
+    """
+
+def temp_path(path: _Path) -> str:
+    """A fresh temporary name beside ``path``, which :func:`sweep_tmp` recognises."""
+
+def write_manifest(path: _Path, json: str) -> None:
+    """Publish a JSON object in canonical form with a ``crc32c`` field over the rest.
+
+    Raises UsageError for NaN, infinities, integers beyond 64 bits, or more than 16 MiB.
+    """
+
+def read_manifest(path: _Path) -> str:
+    """Read and verify what :func:`write_manifest` wrote; canonical JSON with the ``crc32c`` field.
+
+    Raises CorruptError for anything that is not exactly what was written.
+    """
+
+# ---------------------------------------------------------------- containers
+
+def write_tensors(
+    path: _Path,
+    tensors: Sequence[tuple[str, str, Sequence[int], NDArray[Any]]],
+    metadata: Mapping[str, str],
+) -> _FileInfo:
+    """Publish a checksummed ``.safetensors`` file.
+
+    Args:
+        path: the final name.
+        tensors: ``(name, dtype, shape, data)``; dtype as the header has it (``"U16"``,
+            ``"BF16"``, ...), data any array whose bytes are the tensor's, little-endian.
+        metadata: strings; must have ``format`` and ``version``.
+
+    Raises:
+        UsageError: bytes that do not fit the shape, a double or reserved name (``crc``, ``pad``).
+    """
+
+def open_tensors(
+    path: _Path, verify: str = "first-touch"
+) -> tuple[dict[str, tuple[str, NDArray[Any]]], dict[str, str]]:
+    """Map a file: ``({name: (dtype, array)}, metadata)``.
+
+    The arrays are read-only views on the map, which lives as long as one of them. BF16 and F16 come
+    as ``uint16``, F8 as ``uint8``. ``crc`` and ``pad`` are left out.
+
+    Args:
+        path: a file that embkit wrote.
+        verify: ``"first-touch"`` and ``"open"`` verify every block here, because arrays can be
+            touched at any time; ``"off"`` verifies the header only; ``"foreign"`` opens a plain
+            safetensors file of another program (unaligned tensors are copied).
+    """
+
+def file_info(path: _Path) -> _FileInfo:
+    """Length and checksums of a container file; verifies its header, not its data."""
+
+def permute(n: int, key: int, start: int, count: int) -> _U64:
+    """Positions ``start .. start + count`` of the permutation of ``[0, n)`` of ``key``.
+
+    Costs O(count) whatever ``n`` is. docs/formats.md has the same in numpy.
+    """
+
+# ---------------------------------------------------------------- records
+
+@final
+class RecordsBuilder:
+    """Collects records from sources, then gives texts and examples as arrays.
+
+    A source that fails leaves no trace in the builder.
+
+    Args:
+        max_line: longest line in bytes; longer ones are rejected rows.
+    """
+
+    def __new__(cls, max_line: int = 67108864) -> RecordsBuilder: ...
+    def add_jsonl(
+        self, path: _Path, source: str, task: str, kind: str = "auto", progress: _Progress = None
+    ) -> None:
+        """Read one ``.jsonl``, ``.jsonl.zst`` or ``.jsonl.gz`` file as a new source.
+
+        ``kind``: ``"auto"`` (from the columns), ``"retrieval"``, ``"sts"``, ``"classification"``.
+        Raises OSError, CorruptError (empty, truncated, wrong columns), UsageError (a source name
+        used before, a task of another kind). Progress counts rows.
+        """
+
+    def add_lines(
+        self,
+        data: bytes | bytearray,
+        source: str,
+        task: str,
+        kind: str = "auto",
+        progress: _Progress = None,
+    ) -> None:
+        """Read whole lines of plain jsonl; the same source again continues it."""
+
+    def finish(self) -> dict[str, Any]:
+        """Everything read. The builder is used up.
+
+        Returns:
+            ``text`` u8, ``text_offsets`` u64 [n + 1], ``text_id`` u64 [n]: the distinct texts in
+            order of first appearance; ``labels``: class names per task;
+            ``examples``: per source ``source, task, kind`` and the columns ``line`` u64 [m],
+            ``query`` u64 [m], ``positive_offsets`` u64 [m + 1], ``positive`` u64,
+            ``negative_offsets``, ``negative``, ``negative_score`` f32, ``score`` f32 (NaN: none),
+            ``label`` i32 (-1: none), ``weight`` f32;
+            ``rejected``: per source ``source, task, read, kept, rejected, reasons`` (counts),
+            ``samples`` (line, reason, excerpt) and ``extra_columns`` (counts).
+        """
+
+# ---------------------------------------------------------------- texts
+
+def near_duplicates(
+    shards: Shards,
+    threshold: float = 0.8,
+    seed: int = 0,
+    word_n: int = 3,
+    char_n: int = 5,
+    threads: int = 0,
+    progress: _Progress = None,
+) -> tuple[_U64, _F32, int]:
+    """Near-duplicate star clusters: ``(representative [n], similarity [n], pairs checked)``.
+
+    MinHash proposes pairs, exact Jaccard similarity of shingles (``word_n`` words, or ``char_n``
+    characters in scripts without spaces) decides; each member is at least ``threshold`` similar to
+    its representative. The result does not depend on the order of rows or threads. Progress counts
+    rows.
+    """
+
+def contamination(
+    train: Shards,
+    eval: Shards,
+    words: int = 13,
+    chars: int = 50,
+    common: int = 10,
+    threads: int = 0,
+    progress: _Progress = None,
+) -> tuple[_U64, _U64, _U64, _U64, _F32]:
+    """Training rows that contain evaluation text.
+
+    Returns ``(train_row, eval_row, start, end, overlap)``, one entry per such row: the byte span in
+    the training text and the share of it that is shared. Runs of ``words`` words (``chars``
+    characters in scripts without spaces) count, unless more than ``common`` training rows do.
+    """
+
+def tokenize(
+    out_dir: _Path,
+    shards: Shards,
+    row: _U64,
+    prompt: _U16,
+    prompts: Sequence[str],
+    role: _U8,
+    source: _U16,
+    text_id: _U64,
+    cluster: _U64,
+    tokenizer_json: str,
+    max_length: Sequence[int],
+    shard_bytes: int = 67108864,
+    threads: int = 0,
+    progress: _Progress = None,
+) -> dict[str, Any]:
+    """Encode rows into ``texts-*.safetensors`` and ``raw-*.safetensors`` in ``out_dir``.
+
+    Output row ``i`` is the text ``row[i]`` behind ``prompts[prompt[i]]``, cut to
+    ``max_length[role[i]]`` tokens; ``source``, ``text_id`` and ``cluster`` are copied. Shards that
+    an earlier run published and that verify are adopted. Progress counts rows.
+
+    Returns:
+        ``shards``, ``rows``, ``tokens``, ``truncated`` and ``adopted`` (rows), ``backend`` (name
+        and version), ``files`` (name to what :func:`file_info` gives).
+    """
+
+@final
+class Store:
+    """An open token store; may be read from several threads at once.
+
+    Args:
+        dir: the directory with the shards.
+        verify: ``"first-touch"`` (blocks when they are read), ``"open"``, ``"off"``.
+
+    Raises CorruptError and OSError on opening and on reading, UsageError for a row beyond the end.
+    """
+
+    def __new__(cls, dir: _Path, verify: str = "first-touch") -> Store: ...
+    @property
+    def rows(self) -> int:
+        """Number of rows."""
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens."""
+
+    @property
+    def shards(self) -> int:
+        """Number of shards."""
+
+    def lengths(self, rows: _U64) -> _U32:
+        """Tokens of each row."""
+
+    def text_id(self, rows: _U64) -> _U64:
+        """Identity of each row's text, without its prompt."""
+
+    def cluster(self, rows: _U64) -> _U64:
+        """Near-duplicate cluster of each row's text."""
+
+    def role(self, rows: _U64) -> _U8:
+        """Role of each row: 0 query, 1 passage, 2 both."""
+
+    def source(self, rows: _U64) -> _U16:
+        """Source of each row, an index into the manifest's list."""
+
+    def prompt_len(self, rows: _U64) -> _U16:
+        """Tokens of each row's prompt, BOS or CLS included."""
+
+    def text(self, row: int) -> str:
+        """Text of a row, without its prompt."""
+
+    def gather(self, rows: _U64, out_tokens: NDArray[Any], out_cu_seqlens: _I32) -> int:
+        """Pack rows into ``out_tokens`` (int64 or int32, 1-D) and their bounds into
+        ``out_cu_seqlens`` [len(rows) + 1]; returns the number of tokens."""
+
+    def gather_padded(
+        self, rows: _U64, out_ids: NDArray[Any], out_mask: NDArray[Any], pad_id: int
+    ) -> None:
+        """Write rows side by side into ``out_ids`` (int64 or int32) and ``out_mask`` (int64, uint8
+        or bool), both [B, L]; ``pad_id`` and 0 behind the end of a row."""
+
+# ---------------------------------------------------------------- search
+
+def topk(
+    queries: _F32, corpus: _F32, k: int, threads: int = 0, progress: _Progress = None
+) -> tuple[_U32, _F32]:
+    """The ``k`` corpus rows with the largest inner product per query, exactly; ties by lower row.
+
+    Args:
+        queries: [nq, d]. corpus: [n, d]. k: at most n.
+
+    Returns:
+        ``(row [nq, k], score [nq, k])``, best first. Progress counts queries.
+    """
+
+def filter_negatives(
+    row: _U32,
+    score: _F32,
+    pos_offsets: _U64,
+    pos: _U64,
+    pos_score: _F32,
+    cluster: _U64,
+    shards: Shards,
+    params: Mapping[str, Any],
+    threads: int = 0,
+    progress: _Progress = None,
+) -> tuple[_U64, _U64, _F32, _U32, dict[str, int]]:
+    """Hard negatives among mined candidates: ``(offsets, row, score, rank, audit)``.
+
+    Args:
+        row, score: [nq, c] from :func:`topk`; ``row`` may be mapped to corpus rows first.
+        pos_offsets, pos, pos_score: positives of each query, jagged, scored by the same model.
+        cluster: near-duplicate cluster of each corpus row.
+        shards: texts of the corpus rows; may be empty when ``near_jaccard`` is None.
+        params: some of ``skip``, ``max_score``, ``min_score``, ``margin``, ``percent`` (0.95),
+            ``near_jaccard`` (0.7), ``k`` (7), ``sample`` (``"top"`` or ``"random"``), ``seed``;
+            None switches a rule off.
+
+    Returns:
+        Jagged negatives by rank, and how many candidates each rule removed.
+    """

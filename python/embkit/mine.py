@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 KIND = "embkit.negatives"
 _SAMPLES = 8
+_POSITIVES = 256  # places kept free for positives among the neighbours
 
 
 def mine(
@@ -43,7 +44,7 @@ def mine(
     skip: int = 0,
     max_score: float | None = None,
     min_score: float | None = None,
-    near_duplicate: float = 0.7,
+    near_duplicate: float | None = 0.7,
     sample: str = "top",
     seed: int = 0,
     tasks: Sequence[str] | None = None,
@@ -56,7 +57,7 @@ def mine(
         store: a token store made with the encoder's tokenizer.
         out: the directory to publish: one negatives table per task, aligned with its examples.
         k: negatives kept per query; a query with fewer candidates left gets fewer.
-        candidates: neighbours looked at per query.
+        candidates: neighbours looked at per query, its positives not counted.
         percent_of_positive: drop candidates above this share of the lowest positive's score
             (``s - |s| (1 - share)`` for a negative score ``s``).
         margin: drop candidates above the lowest positive's score minus this.
@@ -185,7 +186,9 @@ def _task(
     store: Store, table: Examples, vectors: Embeddings, params: dict[str, Any], progress: Bar
 ) -> Negatives:
     corpus = np.unique(np.concatenate([table.positive, table.negative]))
-    n = min(params["candidates"], len(corpus))
+    # Positives come on top, so that a query with many of them has as many candidates as others.
+    most = int(counts_of(table.positive_offsets).max())
+    n = min(params["candidates"] + min(most, _POSITIVES), len(corpus))
     queries = np.unique(table.query)  # the same query in several examples is searched once
     start = progress.done
     local, score = _rust.topk(

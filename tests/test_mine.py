@@ -1,0 +1,252 @@
+"""Mining against a naive miner that ranks and filters with Python loops."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from embkit import container, data
+from embkit.data import embeddings
+from embkit.errors import CorruptError, UsageError
+from embkit.mine import explain, load_negatives, mine
+from embkit.model import Encoder
+from embkit.recipe import Model
+
+TASK = "retrieval"
+
+
+@pytest.fixture(scope="module")
+def store(small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> data.Store:
+    root = tmp_path_factory.mktemp("mine")
+    clean = data.dedup(small_data, out=root / "clean")
+    return data.tokenize(clean, out=root / "store", vocab_size=900, max_length_passage=24)
+
+
+@pytest.fixture(scope="module")
+def encoder(store: data.Store) -> Encoder:
+    model = Model(hidden=24, layers=1, heads=2, intermediate=32, dims=(20, 12))
+    return Encoder.from_config(
+        model, store.tokenizer, max_length=store.max_length, prompts=store.prompts
+    )
+
+
+def files(directory: Path) -> dict[str, bytes]:
+    found = (p for p in sorted(directory.rglob("*")) if p.is_file())
+    return {p.relative_to(directory).as_posix(): p.read_bytes() for p in found}
+
+
+def shingles(text: str) -> set[tuple[str, ...]]:
+    words = re.findall(r"\w+", text.lower())
+    return {tuple(words[i : i + 3]) for i in range(max(1, len(words) - 2))}
+
+
+def jaccard(a: str, b: str) -> float:
+    x, y = shingles(a), shingles(b)
+    return len(x & y) / len(x | y)
+
+
+def naive(
+    encoder: Encoder, store: data.Store, *, k: int, candidates: int, rules: dict[str, Any]
+) -> list[list[int]]:
+    """Rows of the negatives of every example."""
+    table = store.examples(TASK)
+    corpus = sorted({*table.positive.tolist(), *table.negative.tolist()})
+    vectors = {}
+    for row in sorted({*corpus, *table.query.tolist()}):
+        vectors[row] = encoder.encode_rows(store, np.array([row], np.uint64))[0].astype(float)
+    clusters = dict(zip(corpus, store.cluster(np.array(corpus, np.uint64)).tolist(), strict=True))
+    out = []
+    for i, query in enumerate(table.query.tolist()):
+        span = slice(*table.positive_offsets[i : i + 2].astype(int).tolist())
+        positives = table.positive[span].tolist()
+        low = min(float(vectors[query] @ vectors[p]) for p in positives)
+        own = {store.cluster(np.array([query], np.uint64))[0], *(clusters[p] for p in positives)}
+        score = {row: float(vectors[query] @ vectors[row]) for row in corpus}
+        ranked = sorted(corpus, key=lambda row: (-score[row], row))
+        kept: list[int] = []
+        left = [r for r in ranked if r not in positives and clusters[r] not in own]
+        for row in left[rules.get("skip", 0) : candidates]:
+            s = score[row]
+            if s > low - abs(low) * (1 - rules["percent"]):
+                continue
+            if "margin" in rules and s > low - rules["margin"]:
+                continue
+            if "max_score" in rules and s > rules["max_score"]:
+                continue
+            close = [store.text(t) for t in [query, *positives]]
+            if any(jaccard(store.text(row), t) >= 0.7 for t in close):
+                continue
+            kept.append(row)
+        out.append(kept[:k])
+    return out
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [{"percent": 0.95}, {"percent": 1.0, "skip": 3}, {"percent": 0.99, "margin": 0.01},
+     {"percent": 1.0, "max_score": 0.9}],
+)  # fmt: skip
+def test_negatives_equal_a_naive_miner(
+    encoder: Encoder, store: data.Store, tmp_path: Path, rules: dict[str, Any]
+) -> None:
+    given = {("percent_of_positive" if k == "percent" else k): v for k, v in rules.items()}
+    # All of the corpus are candidates here, so that both look at the same ones.
+    out = mine(encoder, store, out=tmp_path / "mined", k=3, candidates=400, **given)
+    offsets, row, score, rank = load_negatives(out, TASK)
+    ends = offsets.astype(int).tolist()
+    got = [row[a:b].tolist() for a, b in zip(ends[:-1], ends[1:], strict=True)]
+    want = naive(encoder, store, k=3, candidates=400, rules=rules)
+    same = sum(a == b for a, b in zip(got, want, strict=True))
+    # Scores within rounding of the limit may fall on either side of it.
+    assert same >= 0.98 * len(want)
+    assert sum(map(len, got)) > 0
+    for a, b in zip(ends[:-1], ends[1:], strict=True):
+        assert (np.diff(score[a:b]) <= 0).all() and (np.diff(rank[a:b].astype(int)) > 0).all()
+
+
+def test_no_positive_query_or_near_copy_is_ever_a_negative(tmp_path: Path) -> None:
+    text = "an editor for plain text files with syntax colours and many small windows for code"
+    rows = [
+        {"query": "text editor", "positive": text},
+        {"query": "editor of texts", "positive": text.replace("code", "notes")},
+        {"query": text, "positive": "a tool that edits files"},  # the query is in the corpus
+        {"query": "a player", "positive": "plays sounds and music from the shell"},
+        {"query": "a mailer", "positive": "sends and reads electronic mail", "negative": [text]},
+    ]  # fmt: skip
+    path = tmp_path / "t.jsonl"
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    records = data.read(path, task=TASK).save(tmp_path / "records")  # no dedup: clusters are alone
+    store = data.tokenize(records, out=tmp_path / "store", vocab_size=150)
+    model = Model(hidden=24, layers=1, heads=2, intermediate=32, dims=(20,))
+    small = Encoder.from_config(model, store.tokenizer, max_length=store.max_length)
+    out = mine(small, store, out=tmp_path / "mined", k=4, candidates=10, percent_of_positive=None)
+    offsets, row, _, _ = load_negatives(out, TASK)
+    table = store.examples(TASK)
+    for i in range(len(table)):
+        query = store.text(int(table.query[i]))
+        span = slice(*table.positive_offsets[i : i + 2].astype(int).tolist())
+        close = [query, *(store.text(int(p)) for p in table.positive[span])]
+        found = [store.text(int(r)) for r in row[int(offsets[i]) : int(offsets[i + 1])]]
+        assert found
+        for negative in found:
+            assert all(jaccard(negative, t) < 0.7 for t in close)
+    audit = json.loads((out / "report.json").read_text())["tasks"][TASK]["audit"]
+    assert audit["near_duplicate"] > 0
+
+
+def test_the_audit_adds_up(encoder: Encoder, store: data.Store, tmp_path: Path) -> None:
+    out = mine(encoder, store, out=tmp_path / "mined", k=3, candidates=30, percent_of_positive=1.0)
+    task = json.loads((out / "report.json").read_text())["tasks"][TASK]
+    offsets, row, score, _ = load_negatives(out, TASK)
+    counts = np.diff(offsets.astype(int))
+    assert task["kept"] == task["audit"]["kept"] == len(row) == counts.sum()
+    assert {int(k): v for k, v in task["per_query"].items()} == {
+        int(n): int((counts == n).sum()) for n in np.unique(counts)
+    }
+    totals = ("queries", "candidates", "kept", "short_queries")
+    removed = sum(v for k, v in task["audit"].items() if k not in totals)
+    assert task["audit"]["queries"] == task["examples"] == len(counts)
+    assert task["audit"]["short_queries"] == (counts < 3).sum()
+    assert task["audit"]["candidates"] == removed + task["audit"]["kept"]
+    assert task["mean_negative_score"] == pytest.approx(float(score.mean()), abs=1e-4)
+
+
+@pytest.mark.promise
+def test_the_same_bytes_with_any_number_of_threads(
+    encoder: Encoder, store: data.Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = []
+    for threads in ("1", "2", "7"):
+        monkeypatch.setenv("EMBKIT_THREADS", threads)
+        out.append(files(mine(encoder, store, out=tmp_path / threads, sample="random")))
+    assert out[0] == out[1] == out[2]
+
+
+def test_a_killed_run_adopts_whole_blocks_only(
+    encoder: Encoder, store: data.Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(embeddings, "BLOCK", 100)
+    whole = mine(encoder, store, out=tmp_path / "whole")
+    names = sorted((whole / "embeddings").iterdir())
+    assert len(names) >= 5
+
+    calls = []
+    encode = Encoder.encode_rows
+
+    def stops(self: Encoder, *args: Any, **options: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return encode(self, *args, **options)
+
+    monkeypatch.setattr(Encoder, "encode_rows", stops)
+    with pytest.raises(KeyboardInterrupt):
+        mine(encoder, store, out=tmp_path / "killed")
+    assert not (tmp_path / "killed").exists()
+    partial = next(tmp_path.glob(".partial-killed-*"))
+    done = sorted((partial / "embeddings").iterdir())
+    assert len(done) == 3
+    raw = bytearray(done[1].read_bytes())
+    raw[-5] ^= 1  # damaged while the machine was down: must not be adopted
+    done[1].write_bytes(raw)
+    calls[:] = [1] * 10
+    mine(encoder, store, out=tmp_path / "killed")
+    assert len(calls) - 10 == len(names) - 2
+    assert files(tmp_path / "killed") == files(whole)
+
+
+def test_a_second_run_is_free(encoder: Encoder, store: data.Store, tmp_path: Path) -> None:
+    out = mine(encoder, store, out=tmp_path / "mined")
+    stamp = (out / "manifest.json").stat().st_mtime_ns
+    mine(encoder, store, out=tmp_path / "mined")
+    assert (out / "manifest.json").stat().st_mtime_ns == stamp
+
+
+def test_embeddings_say_what_made_them(encoder: Encoder, store: data.Store, tmp_path: Path) -> None:
+    out = mine(encoder, store, out=tmp_path / "mined")
+    path = next((out / "embeddings").iterdir())
+    meta = container.metadata(path)
+    assert meta["model"] == encoder.digest()
+    assert (meta["width"], meta["pooling"], meta["normalised"]) == ("20", "mean", "true")
+    tensors = container.load(path)
+    norms = np.linalg.norm(tensors["embedding"], axis=1)
+    np.testing.assert_allclose(norms, 1, atol=1e-5)
+    again = encoder.encode_rows(store, tensors["row"][:3])
+    np.testing.assert_allclose(tensors["embedding"][:3], again, atol=1e-6)
+
+
+def test_explain_shows_one_query(encoder: Encoder, store: data.Store, tmp_path: Path) -> None:
+    shutil.copytree(store.path, tmp_path / "store")
+    out = mine(encoder, data.Store(tmp_path / "store"), out=tmp_path / "mined", candidates=40)
+    text = explain(out, 5)
+    table = store.examples(TASK)
+    assert store.text(int(table.query[5]))[:60] in text
+    assert "percent 0.95" in text and "example 5" in text
+    with pytest.raises(UsageError, match="No task has an example 99999"):
+        explain(out, 99999)
+    shutil.rmtree(tmp_path / "store")
+    assert f"task {TASK}, example 5" in explain(out, 5)  # rows in place of texts
+
+
+def test_wrong_arguments(encoder: Encoder, store: data.Store, tmp_path: Path) -> None:
+    out = tmp_path / "x"
+    with pytest.raises(UsageError, match="did you mean 'retrieval'"):
+        mine(encoder, store, out=out, tasks=["retreival"])
+    with pytest.raises(UsageError, match="only retrieval tasks"):
+        mine(encoder, store, out=out, tasks=["sts"])
+    with pytest.raises(UsageError, match="less than k"):
+        mine(encoder, store, out=out, k=8, candidates=4)
+    with pytest.raises(UsageError, match="percent_of_positive"):
+        mine(encoder, store, out=out, percent_of_positive=95)
+    other = data.tokenize(Path(store.path).parent / "clean", out=tmp_path / "s", vocab_size=500)
+    with pytest.raises(UsageError, match="different tokenizers"):
+        mine(encoder, other, out=out)
+    with pytest.raises(CorruptError):
+        mine(encoder, tmp_path, out=out)
+    assert not out.exists()

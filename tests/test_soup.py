@@ -1,0 +1,212 @@
+"""Soups: averages against numpy, the greedy promise, and what may not be averaged."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file
+
+from embkit.container import write_manifest
+from embkit.errors import CorruptError, UsageError
+from embkit.evaluate import judge
+from embkit.model import Encoder
+from embkit.recipe import Model
+from embkit.soup import check_compatible, merge, soup
+
+TEXTS = ["a text editor", "plays music", "a library for images", "mail", ""]
+
+
+def build(seed: int, *, sizes: Model | None = None, corpus: int = 0) -> Encoder:
+    """An encoder: the same start for all, plus noise of ``seed`` that stands for training."""
+    from tokenizers import Tokenizer
+
+    from embkit.data.vocabulary import train_wordpiece
+
+    words = ["small text editor", "fast image library", "old sound player", "mail reader"]
+    vocabulary = Tokenizer.from_str(train_wordpiece(words[corpus:], vocab_size=120))
+    model = sizes or Model(hidden=16, layers=1, heads=2, intermediate=24, dims=(12, 6))
+    encoder = Encoder.from_config(model, vocabulary, max_length={"query": 12, "passage": 20})
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for value in encoder.parameters():
+            value.add_(torch.randn(value.shape, generator=generator) * 0.03)
+    return encoder
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> list[Path]:
+    for seed in range(3):
+        build(seed).export(tmp_path / f"run-{seed}" / "model")
+    return [tmp_path / f"run-{seed}" for seed in range(3)]
+
+
+@pytest.fixture(scope="module")
+def dev(small_data: Path) -> Path:
+    return small_data / "dev"
+
+
+def weights(model: Path) -> dict[str, np.ndarray]:
+    out = {}
+    for path in sorted(model.rglob("*.safetensors")):
+        for name, value in load_file(path).items():
+            out[f"{path.relative_to(model)}:{name}"] = value
+    return out
+
+
+@pytest.mark.parametrize("share", [None, [1.0, 1.0, 2.0], [0.0, 3.0, 0.0]])
+def test_a_uniform_soup_is_the_weighted_mean(
+    runs: list[Path], tmp_path: Path, share: list[float] | None
+) -> None:
+    soup(runs, out=tmp_path / "soup", select="uniform", weights=share)
+    each = [weights(run / "model") for run in runs]
+    got = weights(tmp_path / "soup" / "model")
+    w = np.array(share or [1, 1, 1]) / sum(share or [1, 1, 1])
+    assert set(got) == set(each[0]) and len(got) > 10
+    for name, value in got.items():
+        want = sum(a * part[name].astype(np.float64) for a, part in zip(w, each, strict=True))
+        np.testing.assert_allclose(value, want, rtol=2e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("select", ["uniform", "greedy", "best"])
+def test_a_soup_of_one_model_is_the_model(
+    runs: list[Path], tmp_path: Path, dev: Path, select: str
+) -> None:
+    got = soup(runs[:1], out=tmp_path / "soup", select=select, on=dev)
+    one = Encoder.from_pretrained(runs[0] / "model")
+    assert got.digest() == one.digest()
+    np.testing.assert_array_equal(got.encode(TEXTS), one.encode(TEXTS))
+    for path in sorted((runs[0] / "model").rglob("*")):
+        if path.is_file():
+            copy = tmp_path / "soup" / "model" / path.relative_to(runs[0] / "model")
+            assert copy.read_bytes() == path.read_bytes()
+
+
+def test_the_greedy_soup_is_at_least_its_best_ingredient(
+    runs: list[Path], tmp_path: Path, dev: Path
+) -> None:
+    got = soup(runs, out=tmp_path / "soup", select="greedy", on=dev)
+    report = json.loads((tmp_path / "soup" / "report.json").read_text())
+    scores = {c["run"]: c["dev"] for c in report["candidates"]}
+    assert scores == {r.name: judge(Encoder.from_pretrained(r / "model"), dev) for r in runs}
+    assert report["dev"] >= max(scores.values())
+    assert report["dev"] == pytest.approx(judge(got, dev))
+    assert report["weights"] == [1 / len(report["kept"])] * len(report["kept"])
+    # Replay the rule: in order of the score alone, kept when the score does not fall.
+    order = sorted(runs, key=lambda r: (-scores[r.name], r.name))
+    kept, best = [order[0]], scores[order[0].name]
+    for step, run in zip(report["steps"], order[1:], strict=True):
+        tried = judge(Encoder.from_pretrained(merge_of([*kept, run], tmp_path)), dev)
+        assert step == {"run": run.name, "dev": pytest.approx(tried), "kept": tried >= best}
+        if tried >= best:
+            kept, best = [*kept, run], tried
+    assert report["kept"] == [r.name for r in kept]
+    each = [weights(r / "model") for r in kept]
+    for name, value in weights(tmp_path / "soup" / "model").items():
+        mean = np.mean([part[name] for part in each], axis=0, dtype=np.float64)
+        np.testing.assert_allclose(value, mean, rtol=2e-7, atol=1e-7)
+
+
+def merge_of(runs: list[Path], tmp_path: Path) -> Path:
+    return merge([r / "model" for r in runs], tmp_path / "replay")
+
+
+def test_uniform_is_scored_beside_and_best_is_the_best(
+    runs: list[Path], tmp_path: Path, dev: Path
+) -> None:
+    mean = soup(runs, out=tmp_path / "uniform", select="uniform", on=dev)
+    best = soup(runs, out=tmp_path / "best", select="best", on=dev)
+    report = json.loads((tmp_path / "best" / "report.json").read_text())
+    assert report["uniform"]["dev"] == pytest.approx(judge(mean, dev))
+    top = max(report["candidates"], key=lambda c: c["dev"])
+    assert report["kept"] == [top["run"]]
+    want = Encoder.from_pretrained(next(r for r in runs if r.name == top["run"]) / "model")
+    assert best.digest() == want.digest()
+
+
+def test_half_precision_sums_in_fp32(tmp_path: Path) -> None:
+    from safetensors.torch import load_file as load
+    from safetensors.torch import save_file
+
+    values = [torch.full((7, 3), v, dtype=torch.bfloat16) for v in (1.0, 1.0078125, 256.0)]
+    for i, value in enumerate(values):
+        (tmp_path / str(i)).mkdir()
+        ids = torch.arange(5)
+        save_file({"w": value, "ids": ids}, tmp_path / str(i) / "model.safetensors")
+    merge([tmp_path / str(i) for i in range(3)], tmp_path / "out")
+    got = load(tmp_path / "out" / "model.safetensors")
+    want = (sum(v.float() for v in values) / 3).to(torch.bfloat16)
+    assert got["w"].dtype == torch.bfloat16
+    assert torch.equal(got["w"], want)
+    assert torch.equal(got["ids"], torch.arange(5))
+
+
+def test_a_soup_is_free_the_second_time_and_the_same_again(
+    runs: list[Path], tmp_path: Path
+) -> None:
+    soup(runs, out=tmp_path / "a", select="uniform")
+    stamp = (tmp_path / "a" / "manifest.json").stat().st_mtime_ns
+    soup(runs, out=tmp_path / "a", select="uniform")
+    assert (tmp_path / "a" / "manifest.json").stat().st_mtime_ns == stamp
+    soup(runs, out=tmp_path / "b", select="uniform")
+    files = [p.relative_to(tmp_path / "a") for p in (tmp_path / "a").rglob("*") if p.is_file()]
+    for name in files:
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_the_soup_is_sealed_with_its_own_digest(runs: list[Path], tmp_path: Path) -> None:
+    got = soup(runs, out=tmp_path / "soup", select="uniform")
+    content = json.loads((tmp_path / "soup" / "model" / "embkit.json").read_text())
+    assert content["digest"] == got.digest()
+
+
+# ---------------------------------------------------------------- what may not be averaged
+
+
+def test_other_architectures_and_tokenizers_are_refused(runs: list[Path], tmp_path: Path) -> None:
+    wide = Model(hidden=24, layers=1, heads=2, intermediate=24, dims=(12, 6))
+    build(0, sizes=wide).export(tmp_path / "wide" / "model")
+    with pytest.raises(UsageError, match="different architectures"):
+        soup([runs[0], tmp_path / "wide"], out=tmp_path / "x", select="uniform")
+    build(0, corpus=1).export(tmp_path / "words" / "model")
+    with pytest.raises(UsageError, match="different (tokenizers|architectures)"):
+        soup([runs[0], tmp_path / "words"], out=tmp_path / "x", select="uniform")
+    shutil.copytree(runs[1], tmp_path / "cased")
+    path = tmp_path / "cased" / "model" / "tokenizer.json"
+    path.write_text(path.read_text().replace('"lowercase":true', '"lowercase":false'))
+    with pytest.raises(UsageError, match="different tokenizers"):
+        soup([runs[0], tmp_path / "cased"], out=tmp_path / "x", select="uniform")
+    assert not (tmp_path / "x").exists()
+
+
+def test_runs_from_different_starts_are_refused(runs: list[Path]) -> None:
+    for run, start in zip(runs, ("aa", "aa", "bb"), strict=True):
+        write_manifest(run, {"format": "embkit.run", "version": 1, "init_sha256": start})
+    check_compatible([run / "model" for run in runs[:2]])
+    with pytest.raises(UsageError, match="started from different weights"):
+        check_compatible([run / "model" for run in runs])
+
+
+def test_missing_and_unfinished_runs(runs: list[Path], tmp_path: Path, dev: Path) -> None:
+    options: dict[str, Any] = {"out": tmp_path / "x", "select": "uniform"}
+    with pytest.raises(FileNotFoundError, match="No such training run"):
+        soup([tmp_path / "nowhere"], **options)
+    (runs[1] / "model" / "model.safetensors").unlink()
+    with pytest.raises(CorruptError, match="no finished model"):
+        soup(runs, **options)
+    with pytest.raises(UsageError, match="no runs"):
+        soup([], **options)
+    with pytest.raises(UsageError, match="did you mean 'greedy'"):
+        soup(runs[:1], out=tmp_path / "x", select="greddy", on=dev)
+    with pytest.raises(UsageError, match="needs sets to judge on"):
+        soup(runs[:1], out=tmp_path / "x", select="greedy")
+    with pytest.raises(UsageError, match="2 weights for 1 runs"):
+        soup(runs[:1], weights=[1, 2], **options)
+    with pytest.raises(UsageError, match="weights go with"):
+        soup(runs[:1], out=tmp_path / "x", select="best", on=dev, weights=[1])
+    assert not (tmp_path / "x").exists()

@@ -1,5 +1,6 @@
 //! Gather and tokenize on made text. `cargo bench -p embkit-store`; the rows that later issues
 //! compare are measured by `embkit bench store` in Python, these are for work on this crate.
+#![allow(missing_docs)] // criterion's macro makes a public function
 
 use std::hint::black_box;
 

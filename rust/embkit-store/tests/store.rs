@@ -170,7 +170,7 @@ fn truncation_keeps_the_special_tokens_and_prompts_are_counted() {
     // Without special tokens the limit is exact, too, from either side.
     let limit = Encoder::new(&bytelevel(), &[3]).unwrap();
     let cut = |json: &str, text| Encoder::new(json, &[3]).unwrap().encode(0, "", text).unwrap();
-    assert_eq!((limit.encode(0, "", "abc").unwrap().truncated), false);
+    assert!(!limit.encode(0, "", "abc").unwrap().truncated);
     let (all, right) = (Encoder::new(&bytelevel(), &[9]).unwrap(), cut(&bytelevel(), "abcd the"));
     let all = all.encode(0, "", "abcd the").unwrap().ids;
     assert_eq!((right.ids.as_slice(), right.truncated), (&all[..3], true));
@@ -541,7 +541,9 @@ fn every_flipped_byte_is_seen() {
     touch().unwrap();
     for (name, bytes) in &want {
         let path = dir.path().join(name);
-        for at in 0..bytes.len() {
+        // The header is mostly padding; every 97th space of it will do.
+        let flips = (0..bytes.len()).filter(|at| bytes[*at] != b' ' || at % 97 == 0);
+        for at in flips {
             let mut bad = bytes.clone();
             bad[at] ^= 1 << (at % 8);
             fs::write(&path, bad).unwrap();

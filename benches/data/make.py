@@ -31,7 +31,7 @@ from embkit.demo import make as demo
 DOCS = (
     "linux-doc-6.1", "linux-doc-6.12", "dict-gcide", "perl-doc", "manpages", "manpages-dev",
     "git-man", "dict-foldoc", "dict-jargon", "debian-policy", "zsh-common", "tcl8.6-doc",
-    "tk8.6-doc", "vim-runtime", "emacs-common", "groff", "postgresql-client-15", "systemd", "openssl",
+    "tk8.6-doc", "vim-runtime", "emacs-common", "groff", "systemd", "openssl",
 )  # fmt: skip
 TEXT_BYTES = 167_000_000
 CHUNK, MIN_CHARS = 1_000, 200

@@ -16,9 +16,9 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from embkit import kernels as kernels
-    from embkit.data import dedup as dedup
     from embkit.data import read as read
-    from embkit.data import tokenize as tokenize
+    from embkit.data.dedup import dedup as dedup
+    from embkit.data.tokenize import tokenize as tokenize
     from embkit.errors import EmbkitError as EmbkitError
     from embkit.evaluate import evaluate as evaluate
     from embkit.mine import mine as mine

@@ -176,7 +176,7 @@ def mine(
         print(explain_query(out, explain_))
         return
     chosen = _settings(settings, set_)
-    encoder = Encoder.from_pretrained(pipeline.model_dir(model))
+    encoder = Encoder.from_pretrained(model)
     mine_negatives(encoder, Store(store), out=out, **pipeline.mine_options(chosen))
     if explain_ is not None:
         print(explain_query(out, explain_))
@@ -195,12 +195,12 @@ def finetune(
     set_: Set = None,
 ) -> None:
     """Train on single-task batches, with mined hard negatives when given."""
-    from embkit import pipeline, train
+    from embkit import train
     from embkit.data import Store
     from embkit.model import Encoder
 
     chosen = _settings(settings, set_)
-    encoder = Encoder.from_pretrained(pipeline.model_dir(model))
+    encoder = Encoder.from_pretrained(model)
     train.finetune(encoder, Store(store), negatives=negatives, out=out, config=chosen.finetune)
     _done(out)
 
@@ -226,11 +226,10 @@ def evaluate(
     out: Annotated[Path | None, typer.Option("--out", help="Directory to publish.")] = None,
 ) -> None:
     """Score every MRL width from one encode of each text."""
-    from embkit import pipeline
     from embkit.evaluate import evaluate as score
     from embkit.model import Encoder
 
-    result = score(Encoder.from_pretrained(pipeline.model_dir(model)), on, out=out)
+    result = score(Encoder.from_pretrained(model), on, out=out)
     print(json.dumps(result, indent=1))
 
 
@@ -240,10 +239,9 @@ def export(
     out: Out,
 ) -> None:
     """Write the sentence-transformers layout, and check it when that library is there."""
-    from embkit import pipeline
     from embkit.model import Encoder, check_export
 
-    encoder = Encoder.from_pretrained(pipeline.model_dir(model))
+    encoder = Encoder.from_pretrained(model)
     encoder.export(out)
     difference = check_export(encoder, out, ["a first text", "and a second, somewhat longer one"])
     if difference is not None:

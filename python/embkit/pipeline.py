@@ -127,7 +127,7 @@ class _Run:
 
         self._stage("export", "sentence-transformers layout")
         chosen = soups[recipe.soup.select]
-        export(chosen, out / "model")
+        chosen.export(out / "model")
         result["export"] = {
             "max_abs_difference": check_export(chosen, out / "model", _sample_texts(self.data)),
             "limit": 2e-6,
@@ -309,16 +309,6 @@ def start_encoder(recipe: Recipe, store: Store, *, model: str | None = None) -> 
     return Encoder.from_pretrained(
         path, dims=recipe.model.dims, pooling=recipe.model.pooling, **sides
     )
-
-
-def model_dir(path: Path) -> Path:
-    """The model of a training run, soup or model directory."""
-    return path / "model" if (path / "model" / "config.json").is_file() else path
-
-
-def export(encoder: Encoder, path: Path) -> Path:
-    """Export over an older export of the same run."""
-    return encoder.export(path)
 
 
 def describe(recipe: Recipe, *, out: Path) -> str:

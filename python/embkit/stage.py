@@ -95,7 +95,7 @@ def stage(
             fix="choose another directory, or empty this one",
         )
     digests = {f"{i}:{Path(p).name}": digest_of(p) for i, p in enumerate(inputs)}
-    record = {
+    record: dict[str, Any] = {
         "format": kind or f"embkit.{name}",
         "version": VERSION,
         "stage": name,

@@ -19,6 +19,16 @@ mod write;
 pub use dtype::{Dtype, Element};
 pub use write::{Tensor, write};
 
+/// The newest version of a format that this embkit reads: files and manifests of a newer one are
+/// refused when they are opened, whoever opens them. All formats (docs/formats.md) are at 1; one
+/// that is raised gets a line here, and [`SINCE`] the release that reads it.
+pub fn newest(format: &str) -> u32 {
+    match format {
+        // "embkit.texts" => 2,
+        _ => 1,
+    }
+}
+
 /// The first embkit that reads what this one writes: raised when a format's version is. Written
 /// into each file, so that an older embkit can name the one that is needed.
 pub const SINCE: &str = "0.1.0";
@@ -90,7 +100,8 @@ impl Container {
     /// Opens a file that embkit wrote.
     ///
     /// [`Error::Io`] when it cannot be read, [`Error::Corrupt`] when header, layout or (with
-    /// [`Verify::Open`]) data contradict a checksum.
+    /// [`Verify::Open`]) data contradict a checksum, [`Error::Version`] for a format of ours that is
+    /// newer than [`newest`].
     pub fn open(path: impl AsRef<Path>, verify: Verify) -> Result<Container> {
         let path = path.as_ref();
         Container::ours(path, Map::open(path)?, verify)
@@ -117,6 +128,9 @@ impl Container {
         c.info = Some(header::check_ours(&c.path, c.map.bytes(), &c.header)?);
         let blocks = c.data().len().div_ceil(BLOCK);
         c.seen = (0..blocks.div_ceil(64)).map(|_| AtomicU64::new(0)).collect();
+        if let Some(format) = c.metadata().get("format").filter(|f| f.starts_with("embkit.")) {
+            c.expect(format, newest(format))?;
+        }
         if verify == Verify::Open {
             c.verify_all()?;
         }

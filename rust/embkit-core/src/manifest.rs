@@ -72,13 +72,17 @@ pub fn parse(text: &str) -> Result<Value> {
         .map_err(|e| Error::usage(format!("not valid JSON ({e})"), "Pass finite numbers only"))
 }
 
-/// Writes `value`, an object, with a `crc32c` field over the rest, and publishes it.
+/// Writes `value`, an object, with a `crc32c` field over the rest, and publishes it. One with a
+/// `format` also gets `embkit` ([`container::SINCE`]) unless it has it.
 pub fn write(path: &Path, value: &Value) -> Result<()> {
     let Value::Object(map) = value else {
         return Err(Error::usage("a manifest must be a JSON object", "Pass an object"));
     };
     let mut map = map.clone();
     map.remove(CRC);
+    if map.contains_key("format") && !map.contains_key("embkit") {
+        map.insert("embkit".into(), container::SINCE.into());
+    }
     let crc = checksum(&Value::Object(map.clone()));
     map.insert(CRC.into(), Value::from(crc));
     let mut text = canonical(&Value::Object(map));
@@ -93,6 +97,7 @@ pub fn write(path: &Path, value: &Value) -> Result<()> {
 }
 
 /// Reads and checks what [`write`] wrote; the result still has its `crc32c` field.
+/// [`Error::Version`] for a format of ours that is newer than [`container::newest`].
 pub fn read(path: &Path) -> Result<Value> {
     let length = fs::metadata(path).map_err(|e| Error::io(path, e))?.len();
     if length > MAX_MANIFEST as u64 {
@@ -122,6 +127,11 @@ pub fn check(path: &Path, bytes: &[u8]) -> Result<Value> {
     let value = Value::Object(map);
     if bytes.strip_suffix(b"\n") != Some(canonical(&value).as_bytes()) {
         return Err(Error::corrupt(path, "is not in canonical form: it was edited or damaged"));
+    }
+    if let Some(format) = value.get("format").and_then(Value::as_str)
+        && format.starts_with("embkit.")
+    {
+        expect(path, &value, format, container::newest(format))?;
     }
     Ok(value)
 }

@@ -10,9 +10,9 @@ fn golden_text() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("manifest.json");
     let value = json!({"version": 1, "format": "embkit.store", "é": [1.5, -0.0, 1e300, 5e-324, 1e16, 9.5e15, 1e15, 123456789.125, 1e-4, 0.00012, 9.9e-5, 0.1, -1e-7],
-        "a": {"z": null, "b": true}, "n": u64::MAX, "e": [], "crc32c": "ignored", "o": {}, "q": "\"\n\u{1}/"});
+        "a": {"z": null, "b": true}, "embkit": "1.2.3", "n": u64::MAX, "e": [], "crc32c": "ignored", "o": {}, "q": "\"\n\u{1}/"});
     manifest::write(&path, &value).unwrap();
-    let rest = r#"{"a":{"b":true,"z":null},"e":[],"format":"embkit.store","n":18446744073709551615,"o":{},"q":"\"\n\u0001/","version":1,"é":[1.5,-0.0,1e+300,5e-324,1e+16,9500000000000000.0,1000000000000000.0,123456789.125,0.0001,0.00012,9.9e-05,0.1,-1e-07]}"#;
+    let rest = r#"{"a":{"b":true,"z":null},"e":[],"embkit":"1.2.3","format":"embkit.store","n":18446744073709551615,"o":{},"q":"\"\n\u0001/","version":1,"é":[1.5,-0.0,1e+300,5e-324,1e+16,9500000000000000.0,1000000000000000.0,123456789.125,0.0001,0.00012,9.9e-05,0.1,-1e-07]}"#;
     let crc = crc32c(rest.as_bytes());
     let want = rest.replacen("\"e\":[]", &format!("\"crc32c\":\"{crc:08x}\",\"e\":[]"), 1) + "\n";
     assert_eq!(fs::read_to_string(&path).unwrap(), want);
@@ -92,6 +92,20 @@ fn kinds_and_versions() {
             Err(Error::Corrupt { .. })
         ));
     }
+}
+
+#[test]
+fn newer_ones_are_refused_when_read() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("manifest.json");
+    manifest::write(&path, &json!({"format": "embkit.store", "version": 2, "embkit": "9.9.9"}))
+        .unwrap();
+    let Err(e) = manifest::read(&path) else { panic!() };
+    assert!(matches!(e, Error::Version { .. }) && e.to_string().contains("9.9.9"), "{e}");
+    manifest::write(&path, &json!({"format": "embkit.store", "version": 1})).unwrap();
+    assert_eq!(manifest::read(&path).unwrap()["embkit"], "0.1.0");
+    manifest::write(&path, &json!({"format": "other", "version": 2})).unwrap();
+    manifest::read(&path).unwrap();
 }
 
 #[test]

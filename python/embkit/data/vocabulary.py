@@ -56,11 +56,7 @@ def train_wordpiece(texts: Iterable[str], *, vocab_size: int) -> str:
     """
     normalizer = normalizers.BertNormalizer(lowercase=True)
     corpus = list(_head(texts))
-    seen: Counter[str] = Counter()
-    for text in corpus:
-        seen.update(normalizer.normalize_str(text))
-    characters = {c: n for c, n in seen.items() if not c.isspace()}
-    alphabet = sorted(sorted(characters, key=lambda c: (-characters[c], c))[:_ALPHABET])
+    alphabet = _alphabet(corpus, normalizer)
     needed = len(SPECIAL) + 2 * len(alphabet)
     if vocab_size < needed:
         raise UsageError(
@@ -157,6 +153,23 @@ def _head(texts: Iterable[str]) -> Iterator[str]:
         left -= len(text)
         if left <= 0:
             return
+
+
+def _alphabet(corpus: list[str], normalizer: Any) -> list[str]:
+    """The most frequent characters after normalisation, sorted.
+
+    Characters are counted first and normalised then, one by one: lower-casing and accents do not
+    look at their neighbours, and a corpus has far fewer characters than letters.
+    """
+    seen: Counter[str] = Counter()
+    for start in range(0, len(corpus), 1024):
+        seen.update("".join(corpus[start : start + 1024]))
+    counts: Counter[str] = Counter()
+    for character, count in seen.items():
+        for normal in normalizer.normalize_str(character):
+            if not normal.isspace():
+                counts[normal] += count
+    return sorted(sorted(counts, key=lambda c: (-counts[c], c))[:_ALPHABET])
 
 
 def _assemble(vocabulary: dict[str, int]) -> str:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
-from embkit import _rust, container
+from embkit import _rust
 from embkit.data import Store
 from embkit.data.tables import Examples
 from embkit.model import Encoder
@@ -58,18 +58,18 @@ def texts_and_tables(seed: int, examples: int) -> tuple[list[str], list[Examples
         query.append(add(topic[: rng.integers(2, 6)]))
         positive.append(add(rng.permutation(topic)[: rng.integers(4, 12)]))
         negative.append([add(rng.integers(0, 200, 7)) for _ in range(int(rng.integers(0, 4)))])
-    tables = [table("retrieval", "retrieval", query, [[p] for p in positive], negative)]
+    tables = [make_table("retrieval", "retrieval", query, [[p] for p in positive], negative)]
     first = [add(rng.integers(0, 200, 6)) for _ in range(examples)]
     second = [add(rng.integers(0, 200, 6)) for _ in range(examples)]
     score = rng.integers(0, 5, examples).astype(np.float32)
-    tables.append(table("sts", "sts", first, [[s] for s in second], score=score))
+    tables.append(make_table("sts", "sts", first, [[s] for s in second], score=score))
     label = rng.integers(0, 3, examples).astype(np.int32)
     group = [add(rng.integers(60 * c, 60 * c + 60, 5)) for c in label]
-    tables.append(table("topics", "classification", group, label=label))
+    tables.append(make_table("topics", "classification", group, label=label))
     return texts, tables
 
 
-def table(
+def make_table(
     name: str,
     kind: str,
     query: list[int],
@@ -111,38 +111,31 @@ def write_store(
 ) -> Store:
     """A store directory as docs/formats.md has it."""
     tokenizer = tiny_tokenizer()
-    rows = [e.ids for e in tokenizer.encode_batch(texts)]
-    n = len(rows)
+    n = len(texts)
     text_id = np.arange(n, dtype=np.uint64) * 7 + 1
     raw = [t.encode() for t in texts]
+    shard = (
+        np.frombuffer(b"".join(raw), np.uint8),
+        np.cumsum([0, *map(len, raw)]).astype(np.uint64),
+    )
     with stage(out, name="tokenize", params={}, kind="embkit.store", fresh=True) as work:
-        name = "-00000-of-00001.safetensors"
-        shared = {"text_id": text_id, "cluster": text_id if cluster is None else cluster}
-        container.save(
-            work.dir / f"texts{name}",
-            {
-                "offsets": np.cumsum([0, *map(len, rows)]).astype(np.uint64),
-                **shared,
-                "tokens": np.concatenate(rows).astype(np.uint16),
-                "source": np.zeros(n, np.uint16),
-                "prompt_len": np.zeros(n, np.uint16),
-                "role": np.full(n, 2, np.uint8),
-            },
-            kind="embkit.texts",
-        )
-        container.save(
-            work.dir / f"raw{name}",
-            {
-                "offsets": np.cumsum([0, *map(len, raw)]).astype(np.uint64),
-                **shared,
-                "text": np.frombuffer(b"".join(raw), np.uint8),
-            },
-            kind="embkit.raw",
+        done = _rust.tokenize(
+            str(work.dir),
+            [shard],
+            np.arange(n, dtype=np.uint64),
+            np.zeros(n, np.uint16),
+            [""],
+            np.full(n, 2, np.uint8),
+            np.zeros(n, np.uint16),
+            text_id,
+            text_id if cluster is None else cluster,
+            tokenizer.to_str(),
+            [32, 32, 32],
         )
         for i, one in enumerate(tables):
             one.save(work.dir, index=i)
         (work.dir / "tokenizer").mkdir(exist_ok=True)
-        tokenizer.save(str(work.dir / "tokenizer" / "tokenizer.json"))
+        (work.dir / "tokenizer" / "tokenizer.json").write_text(tokenizer.to_str())
         fingerprint = _rust.blake3_file(str(work.dir / "tokenizer" / "tokenizer.json"))
         work.publish(
             {
@@ -154,10 +147,16 @@ def write_store(
                 "tokenizer": {"fingerprint": fingerprint, "vocab_size": 205, "backend": "test"},
                 "prompts": {"query": "", "passage": ""},
                 "max_length": {"query": 32, "passage": 32},
-                "counts": {"rows": n, "tokens": sum(map(len, rows)), "shards": 1},
+                "counts": {"rows": n, "tokens": done["tokens"], "shards": 1},
             }
         )
     return Store(out)
+
+
+@pytest.fixture
+def table() -> Callable[..., Examples]:
+    """Makes an examples table from Python lists."""
+    return make_table
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,6 @@ is Tanh.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -50,8 +49,8 @@ def export(encoder: Encoder, path: Path | str, *, name: str | None = None) -> Pa
             fix="choose another directory, or empty this one",
         )
     out.parent.mkdir(parents=True, exist_ok=True)
-    work = out.parent / f".{out.name}.{os.getpid()}.tmp"
-    shutil.rmtree(work, ignore_errors=True)
+    _rust.sweep_tmp(str(out.parent))  # of exports that were killed
+    work = Path(_rust.temp_path(str(out)))
     work.mkdir()
     try:
         for file, data in _files(encoder, name or out.name).items():

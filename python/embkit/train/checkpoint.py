@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -65,20 +64,22 @@ def save(
     """
     folder.mkdir(parents=True, exist_ok=True)
     final = folder / name_of(step)
-    work = folder / f".{name_of(step)}.{os.getpid()}.tmp"
-    shutil.rmtree(work, ignore_errors=True)
+    work = Path(_rust.temp_path(str(final)))
     work.mkdir()
-    container.save(work / "model.safetensors", model, kind=f"{FORMAT}.model")
-    container.save(work / "optimizer.safetensors", optimizer, kind=f"{FORMAT}.optimizer")
-    content = {
-        **state,
-        "format": FORMAT,
-        "version": VERSION,
-        "step": step,
-        "sha256": {p.name: sha256_file(p) for p in sorted(work.glob("*.safetensors"))},
-    }
-    _rust.write_manifest(str(work / "state.json"), json.dumps(content))
-    _rust.publish_dir(str(work), str(final))
+    try:
+        container.save(work / "model.safetensors", model, kind=f"{FORMAT}.model")
+        container.save(work / "optimizer.safetensors", optimizer, kind=f"{FORMAT}.optimizer")
+        content = {
+            **state,
+            "format": FORMAT,
+            "version": VERSION,
+            "step": step,
+            "sha256": {p.name: sha256_file(p) for p in sorted(work.glob("*.safetensors"))},
+        }
+        _rust.write_manifest(str(work / "state.json"), json.dumps(content))
+        _rust.publish_dir(str(work), str(final))
+    finally:  # a disk that is full leaves nothing of this one, and the checkpoints before it
+        shutil.rmtree(work, ignore_errors=True)
     _rust.publish_file(str(folder / "LATEST"), f"{final.name}\n".encode())
     _prune(folder, final, keep)
     return final
@@ -93,6 +94,7 @@ def load_latest(folder: Path) -> Checkpoint | None:
     """
     if not folder.is_dir():
         return None
+    _rust.sweep_tmp(str(folder))  # of writers that were killed
     names = sorted((p.name for p in folder.glob("step-*") if p.is_dir()), reverse=True)
     pointer = folder / "LATEST"
     first = pointer.read_text("utf-8", errors="replace").strip() if pointer.is_file() else ""
@@ -183,7 +185,7 @@ def sha256_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
 
 
 def _prune(folder: Path, newest: Path, keep: int) -> None:
-    """Remove checkpoints beyond ``keep`` and temporary directories of killed writers."""
+    """Remove checkpoints beyond ``keep``."""
     old = sorted((p for p in folder.glob("step-*") if p.is_dir() and p != newest), reverse=True)
-    for path in [*old[max(keep, 1) - 1 :], *folder.glob(".step-*.tmp")]:
+    for path in old[max(keep, 1) - 1 :]:
         shutil.rmtree(path, ignore_errors=True)

@@ -30,7 +30,7 @@ def before_training(encoder: Encoder, store: Any) -> None:
     if theirs.json != encoder.tokenizer.json:
         raise UsageError(
             "The store was tokenised with another tokenizer than the encoder's.",
-            where=store.dir,
+            where=store.path,
             fix="tokenize again with this model's tokenizer, or start from a model made for the "
             "store",
         )
@@ -38,7 +38,7 @@ def before_training(encoder: Encoder, store: Any) -> None:
     if theirs.vocab_size > embeddings:
         raise UsageError(
             f"The tokenizer has {theirs.vocab_size} tokens, the model embeds {embeddings}.",
-            where=store.dir,
+            where=store.path,
             fix="use the tokenizer that belongs to the model",
         )
     longest = max(store.max_length.values())
@@ -46,7 +46,7 @@ def before_training(encoder: Encoder, store: Any) -> None:
         raise UsageError(
             f"Texts of the store have up to {longest} tokens, the model takes "
             f"{positions(encoder.backbone)}.",
-            where=store.dir,
+            where=store.path,
             fix="tokenize with a smaller max_length_query and max_length_passage",
         )
 

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from embkit import _rust
 from embkit.errors import EmbkitError, Preempted, UsageError, nearest
 from embkit.losses import Outcome, TaskData, compute
 from embkit.progress import bar
@@ -151,9 +152,8 @@ def train(
 
     store = as_store(store)
     mined = checks.negatives_dir(negatives)
-    params = {k: v for k, v in _plain(config).items() if k not in _FREE}
-    params["init"] = encoder.digest()
-    inputs = [store.dir, *([mined] if mined else [])]
+    params = {**_decisive(config), "init": encoder.digest()}
+    inputs = [store.path, *([mined] if mined else [])]
     with stage(
         out, name=name, params=params, inputs=inputs, kind="embkit.run", fresh=fresh
     ) as work:
@@ -192,7 +192,7 @@ class _Run:
     ) -> None:
         self.encoder, self.config, self.folder, self.digest = encoder, config, folder, digest
         self.store = store
-        self.data_digest = digest_of(store.dir)
+        self.data_digest = digest_of(store.path)
         asked = {name: weight for name, weight in config.tasks.items() if weight > 0}
         weights = weights_for({t.name: len(t) for t in data}, asked)
         tasks = [Task(name=t.name, examples=len(t), weight=weights[t.name]) for t in data]
@@ -315,7 +315,7 @@ class _Run:
                 "data_digest": self.data_digest,
                 "init_sha256": self.init_sha256,
                 "seed": self.config.seed,
-                "config": _plain(self.config),
+                "config": _decisive(self.config),
                 "cursor": dict(
                     zip(
                         (t.name for t in self.plan.tasks), self.plan.count_before(done), strict=True
@@ -332,6 +332,7 @@ class _Run:
 
     def _resume(self) -> int:
         """Steps done: the state of the newest checkpoint is loaded, the log cut to it."""
+        _rust.sweep_tmp(str(self.folder))  # what a killed process was writing
         found = checkpoint.load_latest(self.folder / "checkpoints")
         if found is None:
             self.log.start(0)
@@ -410,11 +411,11 @@ def _config(config: Train | None, overrides: Mapping[str, Any]) -> Train:
     return dataclasses.replace(config or Train(), **overrides)
 
 
-def _plain(config: Train) -> dict[str, Any]:
-    """A configuration as JSON types."""
+def _decisive(config: Train) -> dict[str, Any]:
+    """The settings that decide the model, as JSON types."""
     plain = dataclasses.asdict(dataclasses.replace(config, tasks=dict(config.tasks)))
     plain["betas"] = list(config.betas)
-    return plain
+    return {key: value for key, value in plain.items() if key not in _FREE}
 
 
 def _tasks(store: Any, config: Train, negatives: Mapping[str, Any]) -> list[TaskData]:

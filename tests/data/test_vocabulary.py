@@ -97,6 +97,8 @@ def test_unknown_and_broken_tokenizers(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(UsageError, match="Unknown tokenizer 'no-such/tokenizer-of-mine'"):
         vocabulary.load_tokenizer("no-such/tokenizer-of-mine")
+    with pytest.raises(UsageError, match="Unknown tokenizer"):
+        vocabulary.load_tokenizer(tmp_path / "no" / "such" / "place")
     with pytest.raises(UsageError, match=r"no tokenizer\.json"):
         vocabulary.load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text('{"model": 3}')

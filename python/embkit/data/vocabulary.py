@@ -8,6 +8,7 @@ every single character and its ``##`` form up front fixes all numbers, and with 
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
@@ -37,6 +38,8 @@ _CONFIG = {
     "tokenizer_class": "PreTrainedTokenizerFast",  # transformers 4 and 5 both know it
     "unk_token": "[UNK]",
 }
+_HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[\w.-]+)?$")
+_HUB_SECONDS = 5
 _ALPHABET = 1000  # distinct characters kept, most frequent first
 _TRAIN_CHARS = 200_000_000  # of corpus text; enough for any vocabulary size used here
 
@@ -188,22 +191,24 @@ def _assemble(vocabulary: dict[str, int]) -> str:
 
 def _from_hub(name: str) -> Path:
     """tokenizer.json of a model id: from the local cache, else the hub with a short timeout."""
-    from huggingface_hub import hf_hub_download
-
     nowhere = UsageError(
         f"Unknown tokenizer {name!r}: no such file or directory, and no model id that can be "
         "reached.",
         fix="check the spelling; without network, download it first and give its directory",
     )
+    if not _HUB_ID.match(name):
+        raise nowhere
+    from huggingface_hub import HfApi, hf_hub_download
+
     for offline in (True, False):
         try:
-            file = Path(
-                hf_hub_download(name, "tokenizer.json", local_files_only=offline, etag_timeout=5)
-            )
+            if not offline:  # a download alone tries again for half a minute before it gives up
+                HfApi().model_info(name, timeout=_HUB_SECONDS)
+            file = hf_hub_download(name, "tokenizer.json", local_files_only=offline)
         except Exception as error:  # the hub client has a dozen kinds, all of them mean "not here"
             nowhere.__cause__ = error
             continue
         with suppress(Exception):  # beside it, if the model has one
-            hf_hub_download(name, "tokenizer_config.json", local_files_only=offline, etag_timeout=5)
-        return file
+            hf_hub_download(name, "tokenizer_config.json", local_files_only=offline)
+        return Path(file)
     raise nowhere

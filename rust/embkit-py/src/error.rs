@@ -77,7 +77,9 @@ fn sentence(subject: &str, what: &str) -> String {
     // A capital, but not for the name of an argument ("cu_seqlens has ...").
     let word = text.split([' ', ':']).next().unwrap_or_default();
     if word.chars().all(|c| c.is_ascii_lowercase()) {
-        text.get_mut(..1).map_or((), str::make_ascii_uppercase);
+        if let Some(first) = text.get_mut(..1) {
+            first.make_ascii_uppercase();
+        }
     }
     text
 }

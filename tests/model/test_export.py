@@ -83,6 +83,18 @@ def test_sentence_transformers_gives_the_same(
     assert np.abs(theirs - encoder.encode(texts, dim=16)).max() <= LIMIT
 
 
+def test_a_width_below_the_states_is_exported(
+    make_encoder: Callable[..., Encoder], texts: list[str], tmp_path: Path
+) -> None:
+    whole = make_encoder(projection=False, dims=(32,))
+    narrow = Encoder(whole.backbone, whole.tokenizer, dims=(16, 8), max_length=whole.max_length)
+    assert np.abs(narrow.encode(texts) - whole.encode(texts, dim=16)).max() < LIMIT
+    out = narrow.export(tmp_path / "m")
+    assert content(out / "2_Dense/config.json")["out_features"] == 16
+    difference = check_export(narrow, out, texts)
+    assert difference is None or difference <= LIMIT
+
+
 def test_prompts_give_the_same_there(make_encoder: Callable[..., Encoder], tmp_path: Path) -> None:
     sentence_transformers = pytest.importorskip("sentence_transformers")
     encoder = make_encoder(prompts={"query": "w50 : ", "passage": "w51 : "})

@@ -175,7 +175,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("embkit.model.export.export", broken)
+        patch.setattr(sys.modules["embkit.model.export"], "export", broken)
         with pytest.raises(KeyboardInterrupt):
             prefinetune(encoder, store, out=tmp_path / "run", **settings)
     (partial,) = tmp_path.glob(".partial-run-*")

@@ -76,7 +76,7 @@ def permute_naive(n: int, key: int, start: int, count: int) -> np.ndarray:
     bits = max(int(n) - 1, 0).bit_length()
     left, right = bits // 2, bits - bits // 2
     with np.errstate(over="ignore"):
-        keys = [mix(np.uint64(key) + _GOLDEN * np.uint64(i + 1)) for i in range(_ROUNDS)]
+        keys = mix(np.uint64(key) + _GOLDEN * np.arange(1, _ROUNDS + 1, dtype=np.uint64))
         x = np.arange(start, start + count, dtype=np.uint64)
         walking = np.ones(count, bool)
         while walking.any():

@@ -39,7 +39,8 @@ class Encoder(nn.Module):
         tokenizer: anything :func:`embkit.model.tokens.load_tokenizer` takes.
         dims: MRL widths, any order; the largest is the width D of the embedding.
         pooling: ``"mean"``, ``"cls"`` or ``"last"``.
-        projection: linear layer without bias [D, H], or None when D = H.
+        projection: linear layer without bias [D, H]. None keeps the states' width when D = H, and
+            makes a layer that starts as the cut to the first D numbers when D < H.
         include_prompt: whether the tokens of the prompt count in the mean.
         prompts: text put before a text of a role, ``{"query": ..., "passage": ...}``.
         max_length: tokens a text of a role keeps, special tokens included.
@@ -83,6 +84,8 @@ class Encoder(nn.Module):
                 where="dims",
                 fix=f"give widths from 1 to {width}, or let a projection make a wider embedding",
             )
+        if projection is None and self.dims[0] < hidden:
+            self.projection = _prefix(hidden, self.dims[0])
         if pooling != "mean" and not include_prompt:
             raise UsageError(
                 "Only mean pooling can leave the prompt out.",
@@ -264,10 +267,7 @@ class Encoder(nn.Module):
         total = hashlib.new(algorithm)
         about = [list(self.dims), self.pooling, self.include_prompt, self.tokenizer.json]
         total.update(json.dumps([*about, self.prompts, self.max_length], sort_keys=True).encode())
-        for name, tensor in sorted(self.state_dict().items()):
-            value = tensor.detach().cpu().contiguous()
-            total.update(f"{name} {value.dtype} {list(value.shape)}".encode())
-            total.update(memoryview(value.reshape(-1).view(torch.uint8).numpy()))
+        hash_tensors(total, self.state_dict())
         return total.hexdigest()
 
     def export(self, path: Path | str) -> Path:
@@ -367,10 +367,25 @@ def gather(store: Any, rows: np.ndarray, pad_id: int) -> tuple[np.ndarray, np.nd
     return ids, mask
 
 
+def hash_tensors(total: Any, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Feed names, dtypes, shapes and values to a hash, in the order of the names."""
+    for name, tensor in sorted(tensors.items()):
+        value = tensor.detach().cpu().contiguous()
+        total.update(f"{name} {value.dtype} {list(value.shape)}".encode())
+        total.update(value.reshape(-1).view(torch.uint8).numpy().data)
+
+
 def new_projection(hidden: int, width: int) -> nn.Linear:
     """A randomly initialised projection [width, hidden] without bias, rows of about unit norm."""
     layer = nn.Linear(hidden, width, bias=False)
     nn.init.normal_(layer.weight, std=hidden**-0.5)
+    return layer
+
+
+def _prefix(hidden: int, width: int) -> nn.Linear:
+    """A projection that keeps the first ``width`` of ``hidden`` numbers."""
+    layer = nn.Linear(hidden, width, bias=False)
+    nn.init.eye_(layer.weight)
     return layer
 
 

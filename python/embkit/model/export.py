@@ -75,7 +75,7 @@ def check_export(encoder: Encoder, path: Path | str, texts: Sequence[str]) -> fl
     except ImportError:
         return None
     with quiet():
-        other = SentenceTransformer(str(path), device="cpu")
+        other = SentenceTransformer(str(path), device="cpu", truncate_dim=encoder.width)
     prompt = encoder.prompts["passage"]
     longest = len(texts) * max(encoder.max_length.values())
     theirs = other.encode(

@@ -20,6 +20,7 @@ import torch
 
 from embkit import _rust, container
 from embkit.errors import CorruptError, FormatError
+from embkit.model.encoder import hash_tensors
 
 VERSION = 1
 FORMAT = "embkit.checkpoint"
@@ -177,10 +178,7 @@ def sha256_file(path: Path) -> str:
 def sha256_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
     """Hex SHA-256 over names, dtypes, shapes and values, in the order of the names."""
     total = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        value = tensor.detach().cpu().contiguous()
-        total.update(f"{name} {value.dtype} {list(value.shape)}".encode())
-        total.update(memoryview(value.reshape(-1).view(torch.uint8).numpy()))
+    hash_tensors(total, tensors)
     return total.hexdigest()
 
 

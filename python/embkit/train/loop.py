@@ -302,6 +302,9 @@ class _Run:
 
     def _save(self, done: int) -> None:
         began = time.perf_counter()
+        cursor = self.plan.count_before(done)
+        names = [t.name for t in self.plan.tasks]
+        epochs = [c // max(self.plan.batches_per_epoch(i), 1) for i, c in enumerate(cursor)]
         self.log.sync()
         optimizer, count = self.optimizer.tensors()
         optimizer["rng.torch"] = torch.get_rng_state()
@@ -316,11 +319,8 @@ class _Run:
                 "init_sha256": self.init_sha256,
                 "seed": self.config.seed,
                 "config": _decisive(self.config),
-                "cursor": dict(
-                    zip(
-                        (t.name for t in self.plan.tasks), self.plan.count_before(done), strict=True
-                    )
-                ),
+                "cursor": dict(zip(names, cursor, strict=True)),
+                "epoch": dict(zip(names, epochs, strict=True)),
                 "optimizer_steps": count,
                 "torch_threads": self.threads,
                 "torch": torch.__version__.partition("+")[0],

@@ -79,10 +79,12 @@ pub(crate) fn write_tensors<'py>(
     metadata: BTreeMap<String, String>,
 ) -> PyResult<Bound<'py, PyDict>> {
     // Bytes of each array as numpy sees them: no copy when it is contiguous.
+    let numpy = py.import("numpy")?;
     let bytes: Vec<PyReadonlyArray1<u8>> = tensors
         .iter()
         .map(|(_, _, _, data)| {
-            let flat = data.call_method1("reshape", (-1,))?.call_method1("view", ("uint8",))?;
+            let whole = numpy.call_method1("ascontiguousarray", (data,))?;
+            let flat = whole.call_method1("reshape", (-1,))?.call_method1("view", ("uint8",))?;
             flat.extract()
         })
         .collect::<PyResult<_>>()?;

@@ -9,6 +9,9 @@ use pyo3::pybacked::PyBackedBytes;
 use pyo3::types::{PyDict, PyList};
 use std::path::PathBuf;
 
+// Written out in the signature below, where Python can show it.
+const _: () = assert!(records::MAX_LINE == 67108864);
+
 /// Collects records from sources, then gives texts and examples as arrays.
 #[pyclass]
 pub(crate) struct RecordsBuilder {
@@ -18,7 +21,7 @@ pub(crate) struct RecordsBuilder {
 #[pymethods]
 impl RecordsBuilder {
     #[new]
-    #[pyo3(signature = (max_line=records::MAX_LINE))]
+    #[pyo3(signature = (max_line=67108864))]
     fn new(max_line: usize) -> RecordsBuilder {
         RecordsBuilder { inner: Some(records::RecordsBuilder::new(max_line)) }
     }

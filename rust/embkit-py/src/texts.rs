@@ -60,10 +60,13 @@ pub(crate) fn contamination<'py>(
     ))
 }
 
+// Written out in the signature below, where Python can show it.
+const _: () = assert!(SHARD_BYTES == 67108864);
+
 /// Encode rows into token shards in `out_dir`; adopts verified shards that are there.
 #[pyfunction]
 #[pyo3(signature = (out_dir, shards, row, prompt, prompts, role, source, text_id, cluster,
-    tokenizer_json, max_length, shard_bytes=SHARD_BYTES, threads=0, progress=None))]
+    tokenizer_json, max_length, shard_bytes=67108864, threads=0, progress=None))]
 pub(crate) fn tokenize<'py>(
     py: Python<'py>,
     out_dir: PathBuf,

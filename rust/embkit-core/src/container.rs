@@ -21,12 +21,9 @@ pub use write::{Tensor, write};
 
 /// The newest version of a format that this embkit reads: files and manifests of a newer one are
 /// refused when they are opened, whoever opens them. All formats (docs/formats.md) are at 1; one
-/// that is raised gets a line here, and [`SINCE`] the release that reads it.
-pub fn newest(format: &str) -> u32 {
-    match format {
-        // "embkit.texts" => 2,
-        _ => 1,
-    }
+/// that is raised gets a case here, and [`SINCE`] the release that reads it.
+pub fn newest(_format: &str) -> u32 {
+    1
 }
 
 /// The first embkit that reads what this one writes: raised when a format's version is. Written
@@ -309,20 +306,23 @@ pub(crate) fn expect(
     newest: u32,
     version: impl FnOnce() -> (Option<u32>, Option<String>),
 ) -> Result<u32> {
+    // A file may claim a format of 16 MiB: a message quotes the beginning.
+    let short = |text: &str| text.chars().take(64).collect::<String>();
     let name = path.display();
     if found != Some(format) {
-        let found = found.unwrap_or("a file without a format");
+        let found = short(found.unwrap_or("a file without a format"));
         return Err(Error::usage(
             format!("{name}: is {found}, not {format}"),
             "Give the path of a file or directory of that kind",
         ));
     }
+    let format = short(format);
     match version() {
         (Some(v), _) if v >= 1 && v <= newest => Ok(v),
         (Some(v), needs) if v > newest => Err(Error::Version {
             path: path.to_owned(),
             found: match needs {
-                Some(n) => format!("{format} version {v} (needs embkit {n} or newer)"),
+                Some(n) => format!("{format} version {v} (needs embkit {} or newer)", short(&n)),
                 None => format!("{format} version {v}"),
             },
             supported: format!("{format} up to version {newest}"),

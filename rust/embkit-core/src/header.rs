@@ -5,21 +5,22 @@
 
 use crate::container::{Dtype, FileInfo};
 use crate::{Error, Result, crc32c};
-use serde::Deserialize;
-use serde::de::{DeserializeSeed, Deserializer, Error as _, MapAccess, SeqAccess, Visitor};
+use serde::de::DeserializeSeed;
 use std::collections::BTreeMap;
-use std::fmt;
 use std::path::Path;
+
+mod json;
+
+use json::{Raw, RawSeed};
 
 /// Largest header in bytes: far above any real one, far below what would hurt.
 pub(crate) const MAX_HEADER: usize = 16 << 20;
 /// Highest rank of a tensor.
 pub(crate) const MAX_RANK: usize = 8;
+/// Longest tensor name in bytes.
+pub(crate) const MAX_NAME: usize = 512;
 /// Most `__metadata__` keys.
 pub(crate) const MAX_METADATA: usize = 64;
-/// No tensor takes fewer bytes in a header; together with the number of metadata keys this keeps
-/// what parsing allocates below four times the file.
-const MIN_ENTRY: usize = 48;
 /// Data begins at a multiple of this.
 pub(crate) const ALIGN: usize = 4096;
 /// Bytes covered by one checksum.
@@ -80,7 +81,7 @@ pub(crate) fn parse(path: &Path, file: &[u8]) -> Result<Header> {
     };
     let data = 8 + length; // both small
     let mut reader = serde_json::Deserializer::from_slice(json);
-    let raw = RawSeed { entries: length / MIN_ENTRY }
+    let raw = RawSeed { entries: count_entries(json) }
         .deserialize(&mut reader)
         .and_then(|raw| reader.end().map(|()| raw))
         .map_err(|e| bad(format!("has a header that is not safetensors JSON ({e})")))?;
@@ -98,6 +99,20 @@ pub(crate) fn parse(path: &Path, file: &[u8]) -> Result<Header> {
         return Err(bad(format!("names tensor '{}' twice", a.name)));
     }
     Ok(Header { entries, metadata, data })
+}
+
+/// An upper bound of the tensors in a header, found before any is parsed, so that their list is
+/// allocated once: each has this key, and no string can hold it with its quotes unescaped.
+fn count_entries(json: &[u8]) -> usize {
+    const KEY: &[u8] = b"\"data_offsets\"";
+    let (mut n, mut rest) = (0, json);
+    while let Some(at) = rest.iter().position(|b| *b == b'"') {
+        rest = rest.get(at..).unwrap_or_default();
+        let step = if rest.starts_with(KEY) { KEY.len() } else { 1 };
+        n += usize::from(step > 1);
+        rest = rest.get(step..).unwrap_or_default();
+    }
+    n
 }
 
 /// Shape times element size must equal the span, and the span must lie inside `size`.
@@ -179,110 +194,4 @@ pub(crate) fn sealed_crc(head: &[u8]) -> u32 {
     let crc = crc32c(head.get(..at).unwrap_or(head));
     let crc = crate::crc32c_append(crc, b"00000000");
     crate::crc32c_append(crc, head.get(at + 8..).unwrap_or_default())
-}
-
-struct Raw {
-    metadata: BTreeMap<String, String>,
-    entries: Vec<Entry>, // positions still count from the data section
-}
-
-/// Room for this many entries, taken at once: growing would hold the old and the new list.
-struct RawSeed {
-    entries: usize,
-}
-
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct RawTensor {
-    dtype: Dtype,
-    shape: Shape,
-    data_offsets: (usize, usize),
-}
-
-/// Dimensions, collected inline: a rank of a million must not cost a megabyte.
-struct Shape(Box<[usize]>);
-
-impl<'de> Deserialize<'de> for Shape {
-    fn deserialize<D: Deserializer<'de>>(d: D) -> std::result::Result<Shape, D::Error> {
-        struct V;
-        impl<'de> Visitor<'de> for V {
-            type Value = Shape;
-            fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
-                write!(f, "a list of at most {MAX_RANK} dimensions")
-            }
-            fn visit_seq<A: SeqAccess<'de>>(
-                self,
-                mut seq: A,
-            ) -> std::result::Result<Shape, A::Error> {
-                let mut dims = [0; MAX_RANK];
-                let mut rank = 0;
-                while let Some(d) = seq.next_element()? {
-                    let slot = dims.get_mut(rank);
-                    *slot.ok_or_else(|| A::Error::custom("more than 8 dimensions"))? = d;
-                    rank += 1;
-                }
-                Ok(Shape(dims.iter().copied().take(rank).collect()))
-            }
-        }
-        d.deserialize_seq(V)
-    }
-}
-
-impl<'de> DeserializeSeed<'de> for RawSeed {
-    type Value = Raw;
-    fn deserialize<D: Deserializer<'de>>(self, d: D) -> std::result::Result<Raw, D::Error> {
-        d.deserialize_map(self)
-    }
-}
-
-impl<'de> Visitor<'de> for RawSeed {
-    type Value = Raw;
-    fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
-        f.write_str("a safetensors header")
-    }
-    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> std::result::Result<Raw, A::Error> {
-        let mut raw = Raw { metadata: BTreeMap::new(), entries: Vec::with_capacity(self.entries) };
-        let mut seen = false;
-        while let Some(name) = map.next_key::<Box<str>>()? {
-            if &*name != "__metadata__" {
-                let RawTensor { dtype, shape, data_offsets: (start, end) } = map.next_value()?;
-                raw.entries.push(Entry { name, dtype, shape: shape.0, start, end });
-            } else if std::mem::replace(&mut seen, true) {
-                return Err(A::Error::custom("__metadata__ twice"));
-            } else {
-                raw.metadata = map.next_value::<Metadata>()?.0;
-            }
-        }
-        Ok(raw)
-    }
-}
-
-struct Metadata(BTreeMap<String, String>);
-
-impl<'de> Deserialize<'de> for Metadata {
-    fn deserialize<D: Deserializer<'de>>(d: D) -> std::result::Result<Metadata, D::Error> {
-        struct V;
-        impl<'de> Visitor<'de> for V {
-            type Value = Metadata;
-            fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
-                f.write_str("a map of strings to strings")
-            }
-            fn visit_map<A: MapAccess<'de>>(
-                self,
-                mut map: A,
-            ) -> std::result::Result<Metadata, A::Error> {
-                let mut out = BTreeMap::new();
-                while let Some((k, v)) = map.next_entry::<String, String>()? {
-                    if out.len() == MAX_METADATA {
-                        return Err(A::Error::custom("more than 64 metadata keys"));
-                    }
-                    if out.insert(k, v).is_some() {
-                        return Err(A::Error::custom("a metadata key twice"));
-                    }
-                }
-                Ok(Metadata(out))
-            }
-        }
-        d.deserialize_map(V)
-    }
 }

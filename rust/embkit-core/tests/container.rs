@@ -188,9 +188,9 @@ fn each_fault_has_its_own_message() {
         (huge_header, "claims a header of 1099511627776 bytes"),
         (cut_header, "ends inside its header"),
         (build("{\"a\":", &[]), "not safetensors JSON"),
-        (edit(r#""shape":[3]"#, r#""shape":[1,1,1,1,1,1,1,1,3]"#), "more than 8 dimensions"),
+        (edit(r#""shape":[3]"#, r#""shape":[1,1,1,1,1,1,1,1,3]"#), "a list of more than 8 numbers"),
         (edit(r#""shape":[3]"#, r#""shape":[-3]"#), "not safetensors JSON"),
-        (edit("\"U64\"", "\"U65\""), "unknown variant `U65`"),
+        (edit("\"U64\"", "\"U65\""), "dtype `U65`"),
         (edit("\"shape\"", "\"shapes\""), "unknown field `shapes`"),
         (edit("[0,24]", "[0,99]"), "tensor 'offsets' spans bytes 0..99"),
         (edit("[0,24]", "[24,0]"), "tensor 'offsets' spans bytes 24..0"),
@@ -269,6 +269,7 @@ fn wrong_use_is_told_apart_from_damage() {
     let path = dir.path().join(NAME);
     let ok = meta("embkit.test", 1);
     let v = [1u8, 2];
+    let name = "n".repeat(513);
     let t = |name| Tensor::vector(name, &v);
     let long = Tensor { name: "a", dtype: Dtype::U16, shape: vec![2], bytes: &v };
     let rank =
@@ -280,6 +281,7 @@ fn wrong_use_is_told_apart_from_damage() {
         vec![t("pad")],
         vec![t("__metadata__")],
         vec![t("")],
+        vec![t(&name)],
         vec![long],
         vec![rank],
         vec![huge],

@@ -3,7 +3,7 @@
 use crate::{Error, Result};
 
 /// Element types, with the names the safetensors header uses.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[allow(missing_docs, non_camel_case_types, clippy::upper_case_acronyms)]
 pub enum Dtype {
     BOOL,
@@ -59,9 +59,14 @@ impl Dtype {
         }
     }
 
+    /// The type called `name`.
+    pub(crate) fn find(name: &str) -> Option<Dtype> {
+        DTYPES.into_iter().find(|d| d.name() == name)
+    }
+
     /// The type called `name`; [`Error::Usage`] lists the known ones otherwise.
     pub fn parse(name: &str) -> Result<Dtype> {
-        DTYPES.into_iter().find(|d| d.name() == name).ok_or_else(|| {
+        Dtype::find(name).ok_or_else(|| {
             let known: Vec<_> = DTYPES.iter().map(|d| d.name()).collect();
             Error::usage(
                 format!("unknown dtype '{name}'"),

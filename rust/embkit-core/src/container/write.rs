@@ -90,6 +90,10 @@ fn layout<'t, 'a>(
         if ["", CRC, PAD, "__metadata__"].contains(&t.name) {
             return usage(format!("the tensor name '{}' is reserved", t.name), "Choose another");
         }
+        if t.name.len() > header::MAX_NAME {
+            let what = format!("a tensor name of {} bytes", t.name.len());
+            return usage(what, "Use at most 512 bytes");
+        }
         let fits = t.shape.iter().try_fold(t.dtype.size(), |n, &d| n.checked_mul(d));
         if t.shape.len() > header::MAX_RANK || fits != Some(t.bytes.len()) {
             return usage(

@@ -82,7 +82,7 @@ def save(
     finally:  # a disk that is full leaves nothing of this one, and the checkpoints before it
         shutil.rmtree(work, ignore_errors=True)
     _rust.publish_file(str(folder / "LATEST"), f"{final.name}\n".encode())
-    _prune(folder, final, keep)
+    prune(folder, final, keep)
     return final
 
 
@@ -182,8 +182,8 @@ def sha256_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
     return total.hexdigest()
 
 
-def _prune(folder: Path, newest: Path, keep: int) -> None:
-    """Remove checkpoints beyond ``keep``."""
+def prune(folder: Path, newest: Path, keep: int) -> None:
+    """Remove checkpoints beyond ``keep``; also at resume, for a run killed just before this."""
     old = sorted((p for p in folder.glob("step-*") if p.is_dir() and p != newest), reverse=True)
     for path in old[max(keep, 1) - 1 :]:
         shutil.rmtree(path, ignore_errors=True)

@@ -337,6 +337,7 @@ class _Run:
         if found is None:
             self.log.start(0)
             return 0
+        checkpoint.prune(found.path.parent, found.path, self.config.keep_checkpoints)
         state = found.state
         names = [t.name for t in self.plan.tasks]
         cursor = dict(zip(names, self.plan.count_before(int(state["step"])), strict=True))

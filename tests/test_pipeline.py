@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import TINY, write_jsonl
+from small import TINY, write_jsonl
 
 from embkit import pipeline
 
@@ -189,7 +189,7 @@ def test_a_bad_data_folder_gives_one_screen_and_leaves_nothing(
         ("model.path=no/such/model", 2, "no/such/model"),
         ("finetune.batch_size=100000", 2, "batch"),
         ("prefinetune.tasks={retrieva = 1}", 2, "retrieva"),
-        ("model.dims=[4096]", 2, "4096"),
+        ("model.heads=5", 2, "model.heads"),
     ],
 )
 def test_a_wrong_setting_stops_before_training(

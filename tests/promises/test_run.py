@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import full_count
+from small import TINY, full_count
 
 from embkit import pipeline, recipe
 
@@ -22,8 +22,6 @@ pytestmark = pytest.mark.promise
 
 @pytest.fixture(scope="module")
 def recipe_file(small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from conftest import TINY
-
     path = tmp_path_factory.mktemp("recipe") / "tiny.toml"
     data = f"data.path={json.dumps(str(small_data))}"
     recipe.save(recipe.load("quickstart", overrides=[data, *TINY]), path)

@@ -120,7 +120,7 @@ class _Run:
         }
 
         self._stage("evaluate", "every width from one encode")
-        models = {"untrained": start, "pre-finetuned": pre}
+        models = {"start" if recipe.model.path else "untrained": start, "pre-finetuned": pre}
         models |= {f"fine-tuned {i}": Encoder.from_pretrained(p) for i, p in enumerate(tuned)}
         models |= {f"soup, {name}": encoder for name, encoder in soups.items()}
         result = self._scores(models)

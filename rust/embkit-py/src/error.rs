@@ -76,10 +76,10 @@ fn sentence(subject: &str, what: &str) -> String {
     }
     // A capital, but not for the name of an argument ("cu_seqlens has ...").
     let word = text.split([' ', ':']).next().unwrap_or_default();
-    if word.chars().all(|c| c.is_ascii_lowercase()) {
-        if let Some(first) = text.get_mut(..1) {
-            first.make_ascii_uppercase();
-        }
+    if word.chars().all(|c| c.is_ascii_lowercase())
+        && let Some(first) = text.get_mut(..1)
+    {
+        first.make_ascii_uppercase();
     }
     text
 }

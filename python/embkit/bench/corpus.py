@@ -69,6 +69,13 @@ def vectors(n: int, d: int, quick: bool) -> np.ndarray:
     return np.ascontiguousarray(x / np.linalg.norm(x, axis=1, keepdims=True))
 
 
+def digest(data: np.ndarray) -> str:
+    """Which data a row was measured on: the first 16 hex digits of the BLAKE3 of its bytes."""
+    from embkit import _rust
+
+    return _rust.blake3(np.ascontiguousarray(data).reshape(-1).view(np.uint8).tobytes())[:16]
+
+
 def text_shard(items: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
     """Texts as the Rust core takes them: bytes u8 and offsets u64 [n + 1]."""
     encoded = [t.encode() for t in items]

@@ -10,7 +10,7 @@ import numpy as np
 
 from embkit import _rust
 from embkit.bench import Case
-from embkit.bench.corpus import text_shard, texts
+from embkit.bench.corpus import digest, text_shard, texts
 
 _THRESHOLD = 0.7
 
@@ -44,7 +44,7 @@ def near(quick: bool) -> Case:
         limit=_read_limit(shard[0]),
         floor="2.5x the best peer",
         goal="60 MB/s",
-        facts={"n": len(items), "threshold": _THRESHOLD, "data": "demo" if quick else "corpus"},
+        facts={"n": len(items), "threshold": _THRESHOLD, "data": digest(shard[0])},
         skipped=skipped,
     )
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from embkit import _rust
 from embkit.bench import Case, isa
-from embkit.bench.corpus import vectors
+from embkit.bench.corpus import digest, vectors
 
 _D, _K = 384, 100
 
@@ -62,7 +62,7 @@ def _exact(n: int, quick: bool) -> Case:
         limit=(name, pairs / n),
         floor="1x faiss Flat",
         goal="1.2x faiss Flat (AVX-512 f32)",
-        facts={"n": n, "d": _D, "k": _K, "isa": isa(), "data": "seeded" if quick else "real"},
+        facts={"n": n, "d": _D, "k": _K, "isa": isa(), "data": digest(corpus)},
         skipped=skipped,
     )
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from embkit import _rust, container
 from embkit.bench import Case
-from embkit.bench.corpus import text_shard, texts
+from embkit.bench.corpus import digest, text_shard, texts
 
 _LENGTH, _BATCH = 128, 32
 
@@ -78,7 +78,7 @@ def tokenize(quick: bool) -> Case:
         check=np.testing.assert_array_equal,
         floor="1x HF tokenizers",
         goal="45 MB/s",
-        facts={"n": len(items), "data": "demo" if quick else "corpus"},
+        facts={"n": len(items), "data": digest(text_shard(items)[0])},
     )
 
 
@@ -137,7 +137,7 @@ def batches(quick: bool) -> Case:
         limit=("int64 copy", rate),
         floor="1.7x numpy collate",
         goal="250 Mtokens/s",
-        facts={"n": n, "batch": _BATCH, "data": "demo" if quick else "corpus"},
+        facts={"n": n, "batch": _BATCH, "data": digest(flat)},
     )
 
 

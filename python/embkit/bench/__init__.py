@@ -178,7 +178,7 @@ def table(rows: list[Row]) -> str:
 
 
 def to_json(rows: list[Row]) -> str:
-    """The rows as JSON, with the fields of docs/benchmarks.md; the facts are fields of their own."""
+    """The rows as JSON (docs/benchmarks.md); the facts are fields of their own."""
     tables = [dataclasses.asdict(row) for row in rows]
     flat = [{k: v for k, v in t.items() if k != "facts"} | dict(t["facts"]) for t in tables]
     return json.dumps(flat, indent=1) + "\n"

@@ -199,12 +199,14 @@ def contamination(
     common: int = 10,
     threads: int = 0,
     progress: _Progress = None,
-) -> tuple[_U64, _U64, _U64, _U64, _F32]:
+) -> tuple[_U64, _U64, _U64, _U64, _F32, tuple[int, int, list[tuple[int, int, int, int]]]]:
     """Training rows that contain evaluation text.
 
-    Returns ``(train_row, eval_row, start, end, overlap)``, one entry per such row: the byte span in
-    the training text and the share of it that is shared. Runs of ``words`` words (``chars``
-    characters in scripts without spaces) count, unless more than ``common`` training rows do.
+    Returns ``(train_row, eval_row, start, end, overlap, common)``. Of the arrays one entry per such
+    row: the byte span in the training text and the share of it that is shared. Runs of ``words``
+    words (``chars`` characters in scripts without spaces) count, unless more than ``common``
+    training rows have them. The last is about those: how many n-grams, how many training rows share
+    nothing else, and up to 100 as ``(eval_row, start, end, train_rows)``.
     """
 
 def tokenize(

@@ -91,7 +91,11 @@ def run(
     if dry_run:
         print(pipeline.describe(loaded, out=target))
         return
-    pipeline.run(loaded, out=target, from_stage=from_, fresh=fresh)
+    try:
+        pipeline.run(loaded, out=target, from_stage=from_, fresh=fresh)
+    except KeyboardInterrupt:  # Typer ends with 130 and says nothing
+        print("interrupted: the same command goes on where it stopped", file=sys.stderr)
+        raise
 
 
 @app.command()
@@ -318,8 +322,6 @@ def main() -> None:
         app()
     except EmbkitError as error:
         _fail(error, error.exit_code)
-    except KeyboardInterrupt:
-        _fail("interrupted; the same command goes on where it stopped", 130)
     except MemoryError:
         _fail("out of memory\n  fix:   lower token_budget or batch_size", 4)
     except OSError as error:

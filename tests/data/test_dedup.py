@@ -83,6 +83,32 @@ def test_planted_duplicates_merge_and_leaks_go(
     assert len(clean.texts) == len(set(clean.texts)) == clean.report["texts"]["after"]
 
 
+def test_what_many_training_texts_share_is_reported_and_stays(write: Write, tmp_path: Path) -> None:
+    """A licence notice that eleven training texts share with the evaluation is no leak; ten: it is."""
+    notice = (
+        "this program is free software you can redistribute it and modify it under the terms of "
+        "its licence"
+    )
+    for count in (11, 10):
+        rows = [
+            {"query": f"tool {i}", "positive": f"Subject {i} of kind {i * 7}: {notice}."}
+            for i in range(count)
+        ]
+        train = write(f"train{count}/t.jsonl", rows)
+        held = write(
+            f"held{count}/e.jsonl", [{"query": "evaluated", "positive": f"About: {notice}"}]
+        )
+        out = data.dedup([train], out=tmp_path / f"clean{count}", against=held)
+        leaks = out.report["leaks"]
+        removed = count if count == 10 else 0
+        assert leaks["texts"] == removed
+        assert sum(map(len, out.tasks().values())) == count - removed
+        assert (leaks["common"]["ngrams"] > 0) == (count == 11)
+        assert leaks["common"]["texts_with_nothing_else"] == count - removed
+        if count == 11:
+            assert leaks["common"]["samples"][0]["training_texts"] == 11
+
+
 def test_the_unsaved_records_and_a_saved_copy_give_the_same(planted: Path, tmp_path: Path) -> None:
     records = data.read(planted).save(tmp_path / "records")
     a = data.dedup(records, out=tmp_path / "a")

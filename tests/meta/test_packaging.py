@@ -101,8 +101,9 @@ def test_both_install_in_a_clean_venv_and_import(dist: Path, tmp_path: Path, pat
         "assert (demo / 'train' / 'retrieval.jsonl.zst').is_file()\n"
     )
     subprocess.run([str(python), "-c", code], check=True, timeout=120, cwd=tmp_path)
+    embkit = [str(home / "bin" / "embkit"), "run", "quickstart", "--dry-run"]
     done = subprocess.run(
-        [str(home / "bin" / "embkit"), "--help"], capture_output=True, text=True, check=True,
-        cwd=tmp_path, timeout=120,
-    )  # fmt: skip
-    assert "demo" in done.stdout
+        embkit, capture_output=True, text=True, check=True, cwd=tmp_path, timeout=120
+    )
+    assert str(home) in done.stdout, "the bundled data is package data"
+    assert "prefinetune: 1 x" in done.stdout

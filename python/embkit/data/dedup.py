@@ -141,7 +141,7 @@ def _leaks(
     with bar("Near-duplicates of eval", total=len(texts) + len(held), unit="texts") as progress:
         near, near_to = _near(texts, held, params, progress)
     with bar("Leaks", total=len(texts), unit="texts") as progress:
-        train_row, eval_row, start, end, overlap = _rust.contamination(
+        train_row, eval_row, start, end, overlap, common = _rust.contamination(
             texts.shards, held.shards, words=params["words"], chars=params["chars"]
         )
         progress.update(len(texts))
@@ -175,7 +175,21 @@ def _leaks(
         "span": int((span & ~exact & ~near).sum()),
         "spans": samples,
         "near_samples": nearly,
+        "common": _common(held, common),
     }
+
+
+def _common(held: Texts, found: tuple[int, int, list[tuple[int, int, int, int]]]) -> dict[str, Any]:
+    """Runs of words that too many training texts share to be leaks: reported, not removed."""
+    ngrams, only, samples = found
+    shown = [
+        {
+            "span": _short(held.get(row).encode()[start:end].decode("utf-8", "replace")),
+            "training_texts": rows,
+        }
+        for row, start, end, rows in samples[:_SAMPLES]
+    ]
+    return {"ngrams": ngrams, "texts_with_nothing_else": only, "samples": shown}
 
 
 def _near(texts: Texts, held: Texts, params: dict[str, Any], progress: Any) -> tuple[Array, Array]:

@@ -32,9 +32,12 @@ pub(crate) fn near_duplicates<'py>(
     Ok((array(py, found.representative), array(py, found.similarity), found.checked))
 }
 
-type Leaks<'py> = (U64s<'py>, U64s<'py>, U64s<'py>, U64s<'py>, F32s<'py>);
+/// Common n-grams: how many, training rows that share only such, and some of them as evaluation
+/// row, byte span in it, and training rows.
+type Common = (u64, u64, Vec<(u64, u64, u64, u32)>);
+type Leaks<'py> = (U64s<'py>, U64s<'py>, U64s<'py>, U64s<'py>, F32s<'py>, Common);
 
-/// Training rows that contain evaluation text: `(train_row, eval_row, start, end, overlap)`.
+/// Training rows that contain evaluation text: `(train_row, eval_row, start, end, overlap, common)`.
 #[pyfunction]
 #[pyo3(signature = (train, eval, words=13, chars=50, common=10, threads=0, progress=None))]
 pub(crate) fn contamination<'py>(
@@ -57,6 +60,15 @@ pub(crate) fn contamination<'py>(
         array(py, hits.iter().map(|h| h.start).collect()),
         array(py, hits.iter().map(|h| h.end).collect()),
         array(py, hits.iter().map(|h| h.overlap).collect()),
+        (
+            found.common,
+            found.common_only_rows,
+            found
+                .common_samples
+                .iter()
+                .map(|g| (g.eval_row, g.start, g.end, g.train_rows))
+                .collect(),
+        ),
     ))
 }
 

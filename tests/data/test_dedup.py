@@ -84,7 +84,7 @@ def test_planted_duplicates_merge_and_leaks_go(
 
 
 def test_what_many_training_texts_share_is_reported_and_stays(write: Write, tmp_path: Path) -> None:
-    """A licence notice that eleven training texts share with the evaluation is no leak; ten: it is."""
+    """A notice in eleven training texts and in the evaluation is no leak; in ten it is one."""
     notice = (
         "this program is free software you can redistribute it and modify it under the terms of "
         "its licence"

@@ -83,11 +83,11 @@ def stage(
     Raises:
         UsageError: ``out`` exists and is not an embkit output, or a parameter is no JSON type.
     """
-    out = Path(out)
-    if "://" in str(out):
+    if "://" in str(out):  # before Path, which would make one slash of the two
         raise UsageError(
             "Outputs are local directories.", where=out, fix="write locally, then copy it away"
         )
+    out = Path(out)
     if out.exists() and not (out / "manifest.json").is_file() and any(out.iterdir()):
         raise UsageError(
             "The output directory exists and was not written by embkit.",
@@ -125,6 +125,8 @@ def stage(
         if work.done:
             shutil.rmtree(work.dir, ignore_errors=True)
             work.dir = out
+        else:
+            _sweep(work.dir)
         yield work
     finally:
         os.close(lock)
@@ -197,6 +199,12 @@ def _files(directory: Path) -> dict[str, dict[str, Any]]:
         if p.is_file() and p != directory / "manifest.json"
     )
     return {name: _file_record(directory / name) for name in names}
+
+
+def _sweep(directory: Path) -> None:
+    """Remove the temporary files of writers that were killed: they would be published too."""
+    for folder in (directory, *(p for p in directory.rglob("*") if p.is_dir())):
+        _rust.sweep_tmp(str(folder))
 
 
 def _file_record(path: Path) -> dict[str, Any]:

@@ -64,6 +64,16 @@ def test_a_killed_writers_temporary_file_is_never_published(tmp_path: Path) -> N
     }
 
 
+def test_what_a_kill_after_publishing_leaves_is_cleaned_up(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run(out)
+    left = stage.partial_dir(out, read_manifest(out)["digest"])
+    left.mkdir()
+    (left / "old.txt").write_text("old")
+    assert not run(out)
+    assert not left.exists()
+
+
 def test_two_executors_of_one_stage_do_its_work_once(tmp_path: Path) -> None:
     worked: list[bool] = []
     threads = [

@@ -117,6 +117,8 @@ def stage(
     work = Stage(out, record["format"], digest, record)
     if work.done:
         say(f"{out.name}: there already, nothing to do")
+        # What a kill between publishing and cleaning up may have left.
+        shutil.rmtree(partial_dir(out, digest), ignore_errors=True)
         yield work
         return
     lock = _lock(work.dir)

@@ -205,8 +205,10 @@ def _files(directory: Path) -> dict[str, dict[str, Any]]:
 
 def _sweep(directory: Path) -> None:
     """Remove the temporary files of writers that were killed: they would be published too."""
-    for folder in (directory, *(p for p in directory.rglob("*") if p.is_dir())):
-        _rust.sweep_tmp(str(folder))
+    _rust.sweep_tmp(str(directory))
+    for inner in sorted(directory.iterdir()):  # after the sweep, which takes folders away too
+        if inner.is_dir():
+            _sweep(inner)
 
 
 def _file_record(path: Path) -> dict[str, Any]:

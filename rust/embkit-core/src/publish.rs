@@ -115,6 +115,20 @@ pub fn publish_dir(tmp: &Path, final_: &Path) -> Result<()> {
     Ok(())
 }
 
+/// Gives published files in `dir` their last names and removes what is left over, durably.
+///
+/// Each step is atomic and no content changes, so a crash leaves every file whole under its old or
+/// its new name: the caller must recognise both.
+pub fn settle(dir: &Path, renames: &[(PathBuf, PathBuf)], left_over: &[PathBuf]) -> Result<()> {
+    for (from, to) in renames {
+        step(Op::Rename(from, to), || fs::rename(from, to)).map_err(|e| Error::io(from, e))?;
+    }
+    for path in left_over {
+        step(Op::Remove(path), || fs::remove_file(path)).map_err(|e| Error::io(path, e))?;
+    }
+    sync_dir(dir)
+}
+
 /// Puts `temp` in the place of the existing directory `final_`; `temp` then holds the old one.
 fn replace(temp: &Path, final_: &Path) -> Result<()> {
     let exchanged = step(Op::Exchange(temp, final_), || {

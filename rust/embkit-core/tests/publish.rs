@@ -2,12 +2,12 @@
 
 use embkit_core::publish::{self, Op, publish_dir, publish_file, publish_parts, with_hook};
 use embkit_core::{Error, Result};
-use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::fs;
 use std::io;
 use std::path::Path;
-use std::rc::Rc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 
 /// Every path below `dir` with its content (directories: none).
 fn tree(dir: &Path) -> BTreeMap<String, Option<Vec<u8>>> {
@@ -36,19 +36,24 @@ fn fill(dir: &Path, files: &[(&str, &str)]) {
     }
 }
 
-/// Runs `body` with operation `n` failing; whether `n` was reached, and the result.
-fn failing(n: usize, no_exchange: bool, body: impl FnOnce() -> Result<()>) -> (bool, Result<()>) {
-    let seen = Rc::new(Cell::new(0));
+/// Runs `body` with operation `n` in `dir` failing; whether `n` was reached, and the result.
+fn failing(
+    dir: &Path,
+    n: usize,
+    no_exchange: bool,
+    body: impl FnOnce() -> Result<()>,
+) -> (bool, Result<()>) {
+    let seen = Arc::new(AtomicUsize::new(0));
     let count = seen.clone();
     let hook = move |op: &Op| {
         if no_exchange && matches!(op, Op::Exchange(..)) {
             return Err(io::Error::from_raw_os_error(22)); // EINVAL: not on this file system
         }
-        count.set(count.get() + 1);
-        if count.get() == n { Err(io::Error::from_raw_os_error(28)) } else { Ok(()) } // ENOSPC
+        let now = count.fetch_add(1, Ordering::Relaxed) + 1;
+        if now == n { Err(io::Error::from_raw_os_error(28)) } else { Ok(()) } // ENOSPC
     };
-    let result = with_hook(hook, body);
-    (seen.get() >= n, result)
+    let result = with_hook(dir, hook, body);
+    (seen.load(Ordering::Relaxed) >= n, result)
 }
 
 #[test]
@@ -62,7 +67,7 @@ fn a_file_is_old_or_new_after_each_failure() {
             }
             let before = tree(dir.path());
             let (reached, result) =
-                failing(n, false, || publish_parts(&path, &[b"new", b"", b"er"]));
+                failing(dir.path(), n, false, || publish_parts(&path, &[b"new", b"", b"er"]));
             let after = tree(dir.path());
             let new = BTreeMap::from([("f".to_owned(), Some(b"newer".to_vec()))]);
             if !reached {
@@ -95,7 +100,8 @@ fn a_directory_is_old_or_new_after_each_failure() {
             }
             let before = tree(root.path());
             let wanted = tree(&tmp);
-            let (reached, result) = failing(n, no_exchange, || publish_dir(&tmp, &out));
+            let (reached, result) =
+                failing(root.path(), n, no_exchange, || publish_dir(&tmp, &out));
             let after = tree(root.path());
             let context = format!("replace {replace} no_exchange {no_exchange} operation {n}");
             if result.is_ok() {
@@ -120,11 +126,11 @@ fn a_published_directory_is_durable_in_order() {
     let root = tempfile::tempdir().unwrap();
     let (tmp, out) = (root.path().join("t"), root.path().join("out"));
     fill(&tmp, &[("b/c", "1"), ("a", "2")]);
-    let log = Rc::new(RefCell::new(Vec::new()));
+    let log = Arc::new(Mutex::new(Vec::new()));
     let seen = log.clone();
     let hook = move |op: &Op| {
         let name = |p: &Path| p.file_name().unwrap().to_str().unwrap().to_owned();
-        seen.borrow_mut().push(match op {
+        seen.lock().unwrap().push(match op {
             Op::Sync(p) => format!("sync {}", name(p)),
             Op::SyncDir(p) if p.ends_with("t") || p.ends_with("b") => format!("dir {}", name(p)),
             Op::SyncDir(_) => "dir .".into(),
@@ -133,8 +139,11 @@ fn a_published_directory_is_durable_in_order() {
         });
         Ok(())
     };
-    with_hook(hook, || publish_dir(&tmp, &out)).unwrap();
-    assert_eq!(*log.borrow(), ["sync a", "sync c", "dir b", "dir t", "rename t out", "dir ."]);
+    with_hook(root.path(), hook, || publish_dir(&tmp, &out)).unwrap();
+    assert_eq!(
+        *log.lock().unwrap(),
+        ["sync a", "sync c", "dir b", "dir t", "rename t out", "dir ."]
+    );
 }
 
 /// A crash between the two renames of a file system without exchange.

@@ -5,12 +5,12 @@
 //! count is known all are renamed to `texts-00003-of-00016.safetensors`. A run that was killed
 //! finds its shards under either name and keeps those that verify.
 
-use std::collections::BTreeMap;
-use std::fs::{self, File};
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
 use std::path::{Path, PathBuf};
 
 use embkit_core::container::{self, Container, FileInfo, Tensor, Verify};
-use embkit_core::{Error, Result, Texts};
+use embkit_core::{Error, Result, Texts, publish};
 
 use super::Inputs;
 
@@ -270,25 +270,26 @@ impl<'a> Writer<'a> {
             self.publish()?;
         }
         let mut files = BTreeMap::new();
+        let mut renames = Vec::new();
         let of = self.done.len();
         for (index, done) in self.done.iter().enumerate() {
             for (((stem, _), path), info) in STEMS.iter().zip(&done.paths).zip(&done.infos) {
                 let name = name(stem, index, Some(of));
                 let to = self.dir.join(&name);
                 if *path != to {
-                    fs::rename(path, &to).map_err(|e| Error::io(path, e))?;
+                    renames.push((path.clone(), to));
                 }
                 files.insert(name, *info);
             }
         }
-        for path in list(self.dir)?.into_values().flatten() {
-            let known = path.file_name().and_then(|n| n.to_str()).map(|n| files.contains_key(n));
-            if known == Some(false) {
-                fs::remove_file(&path).map_err(|e| Error::io(&path, e))?;
-            }
-        }
-        let dir = File::open(self.dir).map_err(|e| Error::io(self.dir, e))?;
-        dir.sync_all().map_err(|e| Error::io(self.dir, e))?;
+        let sources: BTreeSet<&PathBuf> = renames.iter().map(|(from, _)| from).collect();
+        let of_this_run = |path: &PathBuf| {
+            let name = path.file_name().and_then(|n| n.to_str());
+            sources.contains(path) || name.is_some_and(|n| files.contains_key(n))
+        };
+        let mut left_over: Vec<PathBuf> = list(self.dir)?.into_values().flatten().collect();
+        left_over.retain(|path| !of_this_run(path));
+        publish::settle(self.dir, &renames, &left_over)?;
         Ok(files)
     }
 

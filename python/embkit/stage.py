@@ -161,9 +161,7 @@ def check_files(directory: Path, manifest: Mapping[str, Any] | None = None) -> N
     """
     manifest = manifest or read_manifest(directory)
     for name, want in manifest["files"].items():
-        path = directory / name
-        if ".." in Path(name).parts or Path(name).is_absolute() or path.is_symlink():
-            raise CorruptError("The manifest names a file outside its directory.", where=path)
+        path = inside(directory, name)
         if not path.is_file():
             raise CorruptError(
                 "A file that the manifest lists is missing.",
@@ -176,6 +174,28 @@ def check_files(directory: Path, manifest: Mapping[str, Any] | None = None) -> N
                 where=path,
                 fix="copy the directory again, or run its stage again with --fresh",
             )
+
+
+def inside(directory: Path, name: str) -> Path:
+    """The path of a file that a manifest names.
+
+    Raises:
+        CorruptError: the name is no plain relative path, or passes through a symbolic link: what
+            lies elsewhere is not part of what was published.
+    """
+    parts = name.split("/")
+    plain = all(p not in ("", ".", "..") and "\\" not in p and "\0" not in p for p in parts)
+    path = directory
+    for part in parts if plain else ():
+        path = path / part
+        plain = plain and not path.is_symlink()
+    if not plain:
+        raise CorruptError(
+            f"The manifest names a file outside its directory: {name!r}.",
+            where=directory,
+            fix="do not use this directory: embkit does not write such names",
+        )
+    return path
 
 
 def digest_of(path: Path | str) -> str:

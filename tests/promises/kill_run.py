@@ -13,12 +13,15 @@ from __future__ import annotations
 import json
 import os
 import random
-import signal
 import sys
-import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import killing
 
 KILLS_PER_RUN = 8
 
@@ -60,62 +63,42 @@ def main(out: Path, recipe: str, kills: int, seed: int) -> None:
     print(json.dumps({"runs": runs, "landed": landed}))
 
 
-def attempt(
-    work: Callable[[], object], out: Path, aim: tuple[str, str, int] | None, rng: random.Random
-) -> str:
-    """Fork a child that works; return the stage it was killed in, or "done"."""
-    read, write = os.pipe()
-    child = os.fork()
-    if child == 0:
-        os.close(read)
-        os.dup2(write, 1)
-        code = 1
-        try:
-            work()
-            code = 0
-        except BaseException as error:  # noqa: BLE001
-            print(f"child: {error!r}", file=sys.stderr, flush=True)
-        finally:
-            sys.stdout.flush()
-            os._exit(code)
-    os.close(write)
-    where = watch(child, read, out, aim, rng)
-    _, status = os.waitpid(child, 0)
-    os.close(read)
-    if os.WIFEXITED(status):
-        assert os.WEXITSTATUS(status) == 0, "an attempt failed"
-        return "done"
-    return where
+class Aim:
+    """Follows a run by what it prints and logs, and says when its event has come."""
 
+    def __init__(self, out: Path, event: tuple[str, str, int] | None) -> None:
+        self.out, self.event = out, event
+        self.stage, self.text = "start", ""
+        self.pipe, self.write = os.pipe()
+        os.set_blocking(self.pipe, False)
 
-def watch(
-    child: int, pipe: int, out: Path, aim: tuple[str, str, int] | None, rng: random.Random
-) -> str:
-    """Follow the child; at the aimed event wait a little and kill it. Return where it was."""
-    os.set_blocking(pipe, False)
-    stage, text = "start", ""
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        try:
-            chunk = os.read(pipe, 65536)
-            if not chunk:
-                return "done"
-            text += chunk.decode()
-        except BlockingIOError:
-            pass
-        headers = [line for line in text.splitlines() if line.startswith("[")]
+    def due(self) -> bool:
+        with suppress(BlockingIOError):
+            self.text += os.read(self.pipe, 65536).decode()
+        headers = [line for line in self.text.splitlines() if line.startswith("[")]
         if headers:
-            stage = headers[-1].split("] ")[1].split(":")[0]
-        if aim is not None and (
-            aim[:2] == ("stage", stage)
-            or (aim[0] == "step" and max(log_lines(out, aim[1]), default=0) >= aim[2])
-        ):
-            time.sleep(rng.random() * 0.1)
-            os.kill(child, signal.SIGKILL)
-            return stage
-        time.sleep(0.002)
-    os.kill(child, signal.SIGKILL)
-    raise AssertionError("the child hangs")
+            self.stage = headers[-1].split("] ")[1].split(":")[0]
+        return self.event is not None and (
+            self.event[:2] == ("stage", self.stage)
+            or (
+                self.event[0] == "step"
+                and max(log_lines(self.out, self.event[1]), default=0) >= self.event[2]
+            )
+        )
+
+    def close(self) -> None:
+        os.close(self.pipe)
+        os.close(self.write)
+
+
+def attempt(
+    work: Callable[[], object], out: Path, event: tuple[str, str, int] | None, rng: random.Random
+) -> str:
+    """Run in a child, killed at the event; return the stage it was killed in, or "done"."""
+    aim = Aim(out, event)
+    killed = killing.attempt(work, aim.due, rng, jitter=0.1, output=aim.write)
+    aim.close()
+    return aim.stage if killed else "done"
 
 
 def log_lines(out: Path, folder: str) -> list[int]:

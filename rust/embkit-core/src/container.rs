@@ -9,6 +9,7 @@ use crate::header::{self, BLOCK, CRC, Entry, Header, PAD};
 use crate::mmap::Map;
 use crate::{Error, Result, crc32c};
 use std::collections::BTreeMap;
+use std::marker::PhantomData;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -83,12 +84,42 @@ pub struct View<'a> {
     pub bytes: &'a [u8],
 }
 
+/// Where a tensor lies in its file, looked up once: for readers that touch single rows, where the
+/// search for the name would cost more than the row. Belongs to the [`Container`] that gave it.
+#[derive(Debug)]
+pub struct Column<T> {
+    start: usize,
+    len: usize,
+    element: PhantomData<T>,
+}
+
+impl<T> Clone for Column<T> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<T> Copy for Column<T> {}
+
+impl<T> Column<T> {
+    /// Number of elements.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether it has no elements.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+}
+
 /// An open file. Cheap to share between threads (`Send + Sync`).
 pub struct Container {
     path: PathBuf,
     map: Map,
     header: Header,
     info: Option<FileInfo>, // none for a foreign file
+    data: Range<usize>,     // the checksummed bytes: empty for a foreign file
     verify: Verify,
     seen: Vec<AtomicU64>, // one bit per verified block
 }
@@ -123,7 +154,8 @@ impl Container {
     fn ours(path: &Path, map: Map, verify: Verify) -> Result<Container> {
         let mut c = Container::any(path, map, verify)?;
         c.info = Some(header::check_ours(&c.path, c.map.bytes(), &c.header)?);
-        let blocks = c.data().len().div_ceil(BLOCK);
+        c.data = c.header.data..c.header.find(CRC).map_or(c.header.data, |crc| crc.start);
+        let blocks = c.data.len().div_ceil(BLOCK);
         c.seen = (0..blocks.div_ceil(64)).map(|_| AtomicU64::new(0)).collect();
         if let Some(format) = c.metadata().get("format").filter(|f| f.starts_with("embkit.")) {
             c.expect(format, newest(format))?;
@@ -136,7 +168,8 @@ impl Container {
 
     fn any(path: &Path, map: Map, verify: Verify) -> Result<Container> {
         let header = header::parse(path, map.bytes())?;
-        Ok(Container { path: path.to_owned(), map, header, info: None, verify, seen: Vec::new() })
+        let (path, data) = (path.to_owned(), 0..0);
+        Ok(Container { path, map, header, info: None, data, verify, seen: Vec::new() })
     }
 
     /// The path it was opened from.
@@ -224,10 +257,41 @@ impl Container {
         self.cast(name, view)
     }
 
+    /// Where the tensor called `name` lies; errors as [`Container::slice`]. Verifies nothing.
+    pub fn column<T: Element>(&self, name: &str) -> Result<Column<T>> {
+        let entry = self.entry(name)?;
+        let len = self.cast::<T>(name, self.view(entry))?.len();
+        Ok(Column { start: entry.start, len, element: PhantomData })
+    }
+
+    /// Elements `range` of a column of this file in place, their blocks verified as [`Verify`]
+    /// says. `None` when the range does not lie inside the column.
+    #[inline]
+    pub fn items<T: Element>(
+        &self,
+        column: Column<T>,
+        range: Range<usize>,
+    ) -> Result<Option<&[T]>> {
+        if range.start > range.end || range.end > column.len {
+            return Ok(None);
+        }
+        let start = column.start + range.start * size_of::<T>();
+        let end = column.start + range.end * size_of::<T>();
+        self.touch(start, end)?;
+        let bytes = self.map.bytes().get(start..end).unwrap_or_default();
+        Ok(bytemuck::try_cast_slice(bytes).ok())
+    }
+
+    /// Asks the system to read elements `range` of a column into memory, without waiting.
+    pub fn will_need<T: Element>(&self, column: Column<T>, range: Range<usize>) {
+        let size = size_of::<T>();
+        let (start, end) = (range.start.min(column.len), range.end.min(column.len));
+        self.map.will_need(column.start + start * size..column.start + end * size);
+    }
+
     /// Verifies every block that was not verified before.
     pub fn verify_all(&self) -> Result<()> {
-        let data = self.data();
-        self.check_blocks(data.start, data.end)
+        self.check_blocks(self.data.start, self.data.end)
     }
 
     fn cast<'a, T: Element>(&self, name: &str, view: View<'a>) -> Result<&'a [T]> {
@@ -257,21 +321,25 @@ impl Container {
         View { dtype: e.dtype, shape: &e.shape, bytes }
     }
 
-    /// The checksummed bytes of the file: empty for a foreign file.
-    fn data(&self) -> Range<usize> {
-        match (self.info, self.header.find(CRC)) {
-            (Some(_), Some(crc)) => self.header.data..crc.start,
-            _ => 0..0,
-        }
-    }
-
+    #[inline]
     fn touch(&self, start: usize, end: usize) -> Result<()> {
-        if self.verify == Verify::Off { Ok(()) } else { self.check_blocks(start, end) }
+        if self.verify == Verify::Off || start >= end {
+            return Ok(());
+        }
+        // Most reads lie in one block that was verified before: no call, no loop.
+        let block = start.wrapping_sub(self.data.start) / BLOCK;
+        if block == (end - 1).wrapping_sub(self.data.start) / BLOCK
+            && let Some(word) = self.seen.get(block / 64)
+            && word.load(Ordering::Relaxed) & (1 << (block % 64)) != 0
+        {
+            return Ok(());
+        }
+        self.check_blocks(start, end)
     }
 
     /// Verifies the blocks that overlap bytes `start..end` of the file.
     fn check_blocks(&self, start: usize, end: usize) -> Result<()> {
-        let data = self.data();
+        let data = self.data.clone();
         let (start, end) = (start.max(data.start), end.min(data.end));
         if start >= end {
             return Ok(()); // nothing there, or the crc tensor itself

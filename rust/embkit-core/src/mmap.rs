@@ -48,7 +48,19 @@ impl Map {
         Map::Copy(words, bytes.len())
     }
 
+    /// Asks the system to read a range ahead; it may decline, and a range outside does nothing.
+    pub(crate) fn will_need(&self, range: std::ops::Range<usize>) {
+        if let Map::File(map) = self
+            && range.start < range.end
+            && range.end <= map.len()
+        {
+            // Advice cannot fail in a way that matters: without it the read only waits.
+            let _ = map.advise_range(memmap2::Advice::WillNeed, range.start, range.len());
+        }
+    }
+
     /// The file's bytes.
+    #[inline]
     pub(crate) fn bytes(&self) -> &[u8] {
         match self {
             Map::File(map) => map,

@@ -55,6 +55,23 @@ impl Feistel {
         }
     }
 
+    /// Where positions `start .. start + count` go.
+    ///
+    /// # Panics
+    /// When a position is not below `n`.
+    pub fn range(&self, start: u64, count: u64) -> Vec<u64> {
+        let end = start.checked_add(count).filter(|end| *end <= self.n);
+        assert!(end.is_some(), "positions {start} + {count} of a permutation of {}", self.n);
+        let mut out: Vec<u64> = (start..start + count).map(|i| self.once(i)).collect();
+        // In most cases few are outside: the first round is one straight loop over all.
+        for x in &mut out {
+            while *x >= self.n {
+                *x = self.once(*x);
+            }
+        }
+        out
+    }
+
     fn once(&self, x: u64) -> u64 {
         let (mut wl, mut wr) = (self.left, self.right);
         let mut l = x >> wr; // wr <= 32

@@ -291,6 +291,155 @@ class Store:
         """Write rows side by side into ``out_ids`` (int64 or int32) and ``out_mask`` (int64, uint8
         or bool), both [B, L]; ``pad_id`` and 0 behind the end of a row."""
 
+# ---------------------------------------------------------------- batches
+
+_Part: TypeAlias = tuple[int, int, int, int]  # task, ordinal, epoch, place in the epoch
+
+@final
+class Plan:
+    """Which task and examples each step takes: a function of (seed, step), O(1) for any step.
+
+    Steps come in blocks in which each task has its share by largest remainder, in a permuted order.
+    A task's epoch is a permutation of its examples in whole batches; the rest of an epoch is
+    dropped, another rest each epoch.
+
+    Args:
+        seed: of the order.
+        tasks: ``(name, usable examples, weight)``; weights of any scale, 0 never comes.
+        batch_size: examples of a step.
+        exhausted: ``"repeat"``: a task starts its next epoch for ever. ``"drop"``: after ``epochs``
+            it leaves the mixture, and the plan ends with the last task. ``"stop"``: the plan ends
+            with the last block for which every task has batches.
+        epochs: for ``"drop"`` and ``"stop"``.
+
+    Raises UsageError: no task of weight, a task smaller than a batch, a share below 1 in 4,096.
+    """
+
+    def __new__(
+        cls,
+        seed: int,
+        tasks: Sequence[tuple[str, int, float]],
+        batch_size: int,
+        exhausted: str = "repeat",
+        epochs: int = 1,
+    ) -> Plan: ...
+    @property
+    def steps(self) -> int | None:
+        """Steps until the plan ends; None when it never does."""
+
+    @property
+    def counts(self) -> list[int]:
+        """Steps of each task in a block of the first mixture."""
+
+    def batches_per_epoch(self, task: int) -> int:
+        """Whole batches in one pass over a task."""
+
+    def count_before(self, step: int) -> list[int]:
+        """Batches of each task in the steps before ``step``: the cursors of a checkpoint."""
+
+    def part(self, step: int) -> _Part:
+        """Task of a step, that task's batches before, its epoch, and the place in the epoch."""
+
+    def examples(self, step: int) -> _U64:
+        """The examples of a step [batch_size], in the order of the global batch."""
+
+@final
+class Loader:
+    """Makes the batches of a run; any step, in any order, from any thread.
+
+    Args:
+        store: an open store.
+        tasks: ``(name, kind, examples file, negatives file or None, weight)``.
+        seed, batch_size, exhausted, epochs: as for :class:`Plan`; the seed is of all draws too.
+        token_budget: tokens of a micro-batch (with padding when ``padded``).
+        hard: hard negatives per retrieval example. hard_rule: ``"sample"`` (without replacement,
+            anew each epoch) or ``"top"`` (the first of the list).
+        padded: rectangles instead of packed rows. pad_id: fills them.
+        no_duplicates: examples that share a cluster are kept out of each other's batches, by
+            reordering inside superblocks of 64 batches.
+
+    Raises UsageError, CorruptError: what cannot be trained on, before the first step.
+    """
+
+    def __new__(
+        cls,
+        store: Store,
+        tasks: Sequence[tuple[str, str, _Path, _Path | None, float]],
+        *,
+        seed: int,
+        batch_size: int,
+        token_budget: int,
+        hard: int = 0,
+        hard_rule: str = "sample",
+        padded: bool = False,
+        pad_id: int = 0,
+        no_duplicates: bool = False,
+        exhausted: str = "repeat",
+        epochs: int = 1,
+    ) -> Loader: ...
+    @property
+    def plan(self) -> Plan:
+        """The plan of the run."""
+
+    @property
+    def tasks(self) -> list[tuple[int, int, str]]:
+        """Per task: usable examples, unusable ones, and why those are."""
+
+    def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
+        """The batch of ``rank`` among ``world``; a pure function of its arguments."""
+
+@final
+class Batch:
+    """One step's input on one rank: b examples, H hard negatives each, R distinct rows."""
+
+    @property
+    def part(self) -> _Part:
+        """As :meth:`Plan.part`."""
+
+    @property
+    def kind(self) -> str:
+        """Kind of the task."""
+
+    @property
+    def examples(self) -> _U64:
+        """Numbers of the task's usable examples [b]."""
+
+    @property
+    def rows(self) -> _U64:
+        """The distinct rows [R], in the order of the micro-batches."""
+
+    @property
+    def hard_count(self) -> int:
+        """H."""
+
+    @property
+    def tokens(self) -> int:
+        """Real tokens."""
+
+    @property
+    def micro_count(self) -> int:
+        """Micro-batches that every rank runs: the most of any."""
+
+    @property
+    def micro(self) -> list[tuple[int, int, int, int, int]]:
+        """Per micro-batch: first row, rows, longest row, first token, tokens in the buffer."""
+
+    def layout(self, wide: bool = True) -> tuple[dict[str, tuple[str, int, int]], int]:
+        """``({name: (dtype, elements, first byte)}, bytes)`` of a buffer that holds the arrays.
+
+        ``wide``: int64 tokens, masks and positions instead of int32.
+        """
+
+    def fill(self, buffer: _U8, wide: bool = True) -> None:
+        """Gather the tokens and write all arrays into ``buffer``, without the GIL."""
+
+def micro_batches(lengths: _U32, budget: int, padded: bool = True) -> tuple[_U32, _U64]:
+    """Cut rows into micro-batches of at most ``budget`` tokens: ``(order, ends)``.
+
+    ``order`` [n] are positions by falling length; micro-batch i is ``order[ends[i - 1]:ends[i]]``.
+    Padded micro-batches are cut where padding plus a price per batch is least in sum.
+    """
+
 # ---------------------------------------------------------------- search
 
 def topk(

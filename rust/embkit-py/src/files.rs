@@ -151,7 +151,7 @@ pub(crate) fn permute(
     let values = py.detach(|| {
         let order = Feistel::new(n, key);
         let blocks = par::map_blocks(count as usize, 1 << 16, 0, |range| {
-            range.map(|i| order.get(start + i as u64)).collect::<Vec<u64>>()
+            order.range(start + range.start as u64, range.len() as u64)
         });
         blocks.concat()
     });

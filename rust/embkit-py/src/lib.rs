@@ -11,6 +11,7 @@ mod arrays;
 mod door;
 mod error;
 mod files;
+mod loader;
 mod records;
 mod search;
 mod store;
@@ -40,6 +41,10 @@ fn _rust(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_function(wrap_pyfunction!(texts::contamination, m)?)?;
     m.add_function(wrap_pyfunction!(texts::tokenize, m)?)?;
     m.add_class::<store::Store>()?;
+    m.add_class::<loader::Plan>()?;
+    m.add_class::<loader::Loader>()?;
+    m.add_class::<loader::Batch>()?;
+    m.add_function(wrap_pyfunction!(loader::micro_batches, m)?)?;
     m.add_function(wrap_pyfunction!(search::topk, m)?)?;
     m.add_function(wrap_pyfunction!(search::filter_negatives, m)?)?;
     Ok(())

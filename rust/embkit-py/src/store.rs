@@ -12,11 +12,12 @@ use numpy::{
 };
 use pyo3::prelude::*;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 /// An open token store; may be read from several threads at once.
 #[pyclass(frozen)]
 pub(crate) struct Store {
-    inner: read::Store,
+    pub(crate) inner: Arc<read::Store>,
 }
 
 type Rows<'py> = PyReadonlyArray1<'py, u64>;
@@ -26,7 +27,10 @@ impl Store {
     #[new]
     #[pyo3(signature = (dir, verify="first-touch"))]
     fn new(py: Python, dir: PathBuf, verify: &str) -> PyResult<Store> {
-        short(py, || Ok(Store { inner: read::Store::open(&dir, Verify::parse(verify)?)? }))
+        short(py, || {
+            let store = read::Store::open(&dir, Verify::parse(verify)?)?;
+            Ok(Store { inner: Arc::new(store) })
+        })
     }
 
     /// Number of rows.
@@ -180,7 +184,7 @@ impl Store {
             let what = format!("out_ids has {height} rows for {} rows", rows.len());
             return Err(usage(py, &what, "Pass one row of out_ids per row"));
         }
-        let store = &self.inner;
+        let store = self.inner.as_ref();
         if let Ok(mask) = mask.cast::<PyArray2<i64>>() {
             fill(py, store, rows, width, ids, mask.try_readwrite()?, pad)
         } else if let Ok(mask) = mask.cast::<PyArray2<u8>>() {

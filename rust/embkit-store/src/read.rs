@@ -8,15 +8,31 @@
 
 use std::path::{Path, PathBuf};
 
-use embkit_core::container::{Container, Verify};
+use embkit_core::container::{Column, Container, Dtype, Element, Verify};
 use embkit_core::{Error, Result, TextShard};
 
+use crate::simd;
+pub use crate::simd::TokenId;
 use crate::tokenize::{RAW_FORMAT, TEXTS_FORMAT, VERSION, list, name, parse_name};
 
 /// A token shard and, where the store has them, its texts.
 struct Shard {
     texts: Container,
     raw: Option<Container>,
+    tokens: Tokens,
+    offsets: Column<u64>,
+    text_id: Column<u64>,
+    cluster: Column<u64>,
+    role: Column<u8>,
+    source: Column<u16>,
+    prompt_len: Column<u16>,
+}
+
+/// The token column of a shard.
+#[derive(Clone, Copy)]
+enum Tokens {
+    Narrow(Column<u16>),
+    Wide(Column<u32>),
 }
 
 /// An open store.
@@ -28,43 +44,24 @@ pub struct Store {
     tokens: u64,
 }
 
-/// Tokens of a shard in place.
-#[derive(Clone, Copy)]
-enum Ids<'a> {
-    Narrow(&'a [u16]),
-    Wide(&'a [u32]),
+/// Where the tokens of a row are: found once, then copied.
+#[derive(Clone, Copy, Debug)]
+pub struct Span {
+    shard: u32,
+    len: u32,
+    start: u64,
 }
 
-/// The part of a shard that a gather reads, looked up once per call.
-struct View<'a> {
-    shard: &'a Shard,
-    ids: Ids<'a>,
-    offsets: &'a [u64],
-}
-
-/// Tokens of one row: shard and positions in it.
-#[derive(Clone, Copy)]
-struct Span {
-    shard: usize,
-    start: usize,
-    end: usize,
-}
-
-/// Integer types that token buffers may have.
-pub trait TokenId: Copy {
-    /// The id as this type. Ids are below 2^31 in every vocabulary.
-    fn of(id: u32) -> Self;
-}
-
-impl TokenId for i32 {
-    fn of(id: u32) -> Self {
-        id as i32
+impl Span {
+    /// Number of tokens.
+    #[inline]
+    pub fn len(&self) -> usize {
+        self.len as usize
     }
-}
 
-impl TokenId for i64 {
-    fn of(id: u32) -> Self {
-        i64::from(id)
+    /// Whether the row has no tokens.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
     }
 }
 
@@ -85,7 +82,7 @@ impl Store {
                 true => Some(Container::open(dir.join(name("raw", index, Some(count))), verify)?),
                 false => None,
             };
-            let shard = Shard { texts, raw };
+            let shard = Shard::new(texts, raw)?;
             let first = store.rows();
             let (rows, tokens) = shard.check(first)?;
             store.first.push(first + rows);
@@ -117,38 +114,48 @@ impl Store {
 
     /// Number of tokens of each row.
     pub fn lengths(&self, rows: &[u64]) -> Result<Vec<u32>> {
-        let views = self.views()?;
-        rows.iter()
-            .map(|row| {
-                let span = self.span(&views, *row)?;
-                u32::try_from(span.end - span.start).map_err(|_| self.broken(*row))
-            })
-            .collect()
+        rows.iter().map(|row| Ok(self.span(*row)?.len)).collect()
     }
 
     /// Identity of each row's text, without its prompt.
     pub fn text_id(&self, rows: &[u64]) -> Result<Vec<u64>> {
-        self.column("text_id", rows)
+        rows.iter().map(|row| self.value(*row, |s| s.text_id)).collect()
     }
 
     /// Cluster of each row's text.
     pub fn cluster(&self, rows: &[u64]) -> Result<Vec<u64>> {
-        self.column("cluster", rows)
+        rows.iter().map(|row| self.cluster_of(*row)).collect()
     }
 
     /// Role of each row: 0 query, 1 passage, 2 both.
     pub fn role(&self, rows: &[u64]) -> Result<Vec<u8>> {
-        self.column("role", rows)
+        rows.iter().map(|row| self.role_of(*row)).collect()
     }
 
     /// Source of each row, as an index into the manifest's list.
     pub fn source(&self, rows: &[u64]) -> Result<Vec<u16>> {
-        self.column("source", rows)
+        rows.iter().map(|row| self.value(*row, |s| s.source)).collect()
     }
 
     /// Tokens of each row's prompt, counted as sentence-transformers does.
     pub fn prompt_len(&self, rows: &[u64]) -> Result<Vec<u16>> {
-        self.column("prompt_len", rows)
+        rows.iter().map(|row| self.prompt_len_of(*row)).collect()
+    }
+
+    /// Cluster of one row's text.
+    #[inline]
+    pub fn cluster_of(&self, row: u64) -> Result<u64> {
+        self.value(row, |s| s.cluster)
+    }
+
+    /// Role of one row: 0 query, 1 passage, 2 both.
+    pub fn role_of(&self, row: u64) -> Result<u8> {
+        self.value(row, |s| s.role)
+    }
+
+    /// Tokens of one row's prompt.
+    pub fn prompt_len_of(&self, row: u64) -> Result<u16> {
+        self.value(row, |s| s.prompt_len)
     }
 
     /// The text of a row, without its prompt.
@@ -190,14 +197,8 @@ impl Store {
                 "Pass one element more than rows",
             ));
         }
-        let views = self.views()?;
-        let mut spans = Vec::with_capacity(rows.len());
-        let mut total = 0_usize;
-        for row in rows {
-            let span = self.span(&views, *row)?;
-            total += span.end - span.start;
-            spans.push(span);
-        }
+        let spans: Vec<Span> = rows.iter().map(|row| self.span(*row)).collect::<Result<_>>()?;
+        let total: usize = spans.iter().map(Span::len).sum();
         if total > tokens.len() || i32::try_from(total).is_err() {
             return Err(Error::usage(
                 format!("{} rows have {total} tokens, the buffer {}", rows.len(), tokens.len()),
@@ -211,8 +212,8 @@ impl Store {
             *zero = 0;
         }
         for (span, end) in spans.iter().zip(ends) {
-            let (now, later) = rest.split_at_mut(span.end - span.start);
-            copy(&views, *span, now)?;
+            let (now, later) = rest.split_at_mut(span.len());
+            self.copy(*span, now)?;
             at += now.len();
             *end = at as i32;
             rest = later;
@@ -245,13 +246,12 @@ impl Store {
                 "Pass buffers of rows x width",
             ));
         }
-        let views = self.views()?;
         // A width of 0 leaves no chunks, but its rows are still looked at.
         let mut ids = ids.chunks_exact_mut(width.max(1));
         let mut mask = mask.chunks_exact_mut(width.max(1));
         for row in rows {
-            let span = self.span(&views, *row)?;
-            let len = span.end - span.start;
+            let span = self.span(*row)?;
+            let len = span.len();
             if len > width {
                 return Err(Error::usage(
                     format!("row {row} has {len} tokens, the batch is {width} wide"),
@@ -260,7 +260,7 @@ impl Store {
             }
             let (Some(ids), Some(mask)) = (ids.next(), mask.next()) else { continue };
             let (used, unused) = ids.split_at_mut(len);
-            copy(&views, span, used)?;
+            self.copy(span, used)?;
             unused.fill(pad);
             let (used, unused) = mask.split_at_mut(len);
             used.fill(M::from(true));
@@ -269,6 +269,50 @@ impl Store {
         Ok(())
     }
 
+    /// Where the tokens of a row are. Errors: `Usage` when there is no such row, `Corrupt`.
+    #[inline]
+    pub fn span(&self, row: u64) -> Result<Span> {
+        let (index, local) = self.locate(row)?;
+        let shard = self.shards.get(index).ok_or_else(|| self.broken(row))?;
+        let ends = shard.texts.items(shard.offsets, local..local + 2)?;
+        let Some(&[start, end]) = ends else { return Err(self.broken(row)) };
+        if start > end || end > shard.token_count() as u64 {
+            return Err(self.broken(row));
+        }
+        let len = u32::try_from(end - start).map_err(|_| self.broken(row))?;
+        Ok(Span { shard: index as u32, len, start })
+    }
+
+    /// Copies the tokens of a span, whose length `out` has, after verifying their blocks.
+    #[inline]
+    pub fn copy<T: TokenId>(&self, span: Span, out: &mut [T]) -> Result<()> {
+        let Some(shard) = self.shards.get(span.shard as usize) else { return Ok(()) };
+        let range = span.start as usize..span.start as usize + span.len();
+        match shard.tokens {
+            Tokens::Narrow(column) => {
+                simd::widen(shard.texts.items(column, range)?.unwrap_or_default(), out)
+            }
+            Tokens::Wide(column) => {
+                let ids = shard.texts.items(column, range)?.unwrap_or_default();
+                out.iter_mut().zip(ids).for_each(|(out, id)| *out = T::of(*id));
+            }
+        }
+        Ok(())
+    }
+
+    /// Asks the system to bring the tokens of spans into memory, without waiting for them.
+    pub fn will_need(&self, spans: impl IntoIterator<Item = Span>) {
+        for span in spans {
+            let Some(shard) = self.shards.get(span.shard as usize) else { continue };
+            let range = span.start as usize..span.start as usize + span.len();
+            match shard.tokens {
+                Tokens::Narrow(column) => shard.texts.will_need(column, range),
+                Tokens::Wide(column) => shard.texts.will_need(column, range),
+            }
+        }
+    }
+
+    #[inline]
     fn locate(&self, row: u64) -> Result<(usize, usize)> {
         if row >= self.rows() {
             return Err(Error::usage(
@@ -281,44 +325,14 @@ impl Store {
         Ok((shard, (row - first) as usize))
     }
 
-    fn views(&self) -> Result<Vec<View<'_>>> {
-        self.shards.iter().map(Shard::view).collect()
-    }
-
-    fn span(&self, views: &[View], row: u64) -> Result<Span> {
-        let (shard, local) = self.locate(row)?;
-        let view = views.get(shard).ok_or_else(|| self.broken(row))?;
-        view.shard.texts.verify_range("offsets", local * 8..(local + 2) * 8)?;
-        let tokens = match view.ids {
-            Ids::Narrow(ids) => ids.len(),
-            Ids::Wide(ids) => ids.len(),
-        };
-        match (view.offsets.get(local), view.offsets.get(local + 1)) {
-            (Some(start), Some(end)) if start <= end && *end <= tokens as u64 => {
-                Ok(Span { shard, start: *start as usize, end: *end as usize })
-            }
+    #[inline]
+    fn value<T: Element>(&self, row: u64, column: impl Fn(&Shard) -> Column<T>) -> Result<T> {
+        let (index, local) = self.locate(row)?;
+        let shard = self.shards.get(index).ok_or_else(|| self.broken(row))?;
+        match shard.texts.items(column(shard), local..local + 1)? {
+            Some(&[value]) => Ok(value),
             _ => Err(self.broken(row)),
         }
-    }
-
-    fn column<T: embkit_core::container::Element>(
-        &self,
-        column: &str,
-        rows: &[u64],
-    ) -> Result<Vec<T>> {
-        let columns: Vec<&[T]> =
-            self.shards.iter().map(|s| s.texts.slice_untouched(column)).collect::<Result<_>>()?;
-        let mut out = Vec::with_capacity(rows.len());
-        for row in rows {
-            let (shard, local) = self.locate(*row)?;
-            let (Some(s), Some(values)) = (self.shards.get(shard), columns.get(shard)) else {
-                return Err(self.broken(*row));
-            };
-            let size = size_of::<T>();
-            s.texts.verify_range(column, local * size..(local + 1) * size)?;
-            out.push(*values.get(local).ok_or_else(|| self.broken(*row))?);
-        }
-        Ok(out)
     }
 
     fn broken(&self, row: u64) -> Error {
@@ -327,6 +341,32 @@ impl Store {
 }
 
 impl Shard {
+    fn new(texts: Container, raw: Option<Container>) -> Result<Self> {
+        let tokens = match texts.get_untouched("tokens")?.dtype {
+            Dtype::U16 => Tokens::Narrow(texts.column("tokens")?),
+            _ => Tokens::Wide(texts.column("tokens")?),
+        };
+        Ok(Self {
+            tokens,
+            offsets: texts.column("offsets")?,
+            text_id: texts.column("text_id")?,
+            cluster: texts.column("cluster")?,
+            role: texts.column("role")?,
+            source: texts.column("source")?,
+            prompt_len: texts.column("prompt_len")?,
+            texts,
+            raw,
+        })
+    }
+
+    #[inline]
+    fn token_count(&self) -> usize {
+        match self.tokens {
+            Tokens::Narrow(column) => column.len(),
+            Tokens::Wide(column) => column.len(),
+        }
+    }
+
     /// Compares the lengths of all columns, and the place of the shard in the store.
     /// Returns its rows and tokens.
     fn check(&self, first_row: u64) -> Result<(u64, u64)> {
@@ -341,16 +381,15 @@ impl Shard {
                 ));
             }
         }
-        let view = self.view()?;
-        let rows = view.offsets.len().checked_sub(1).ok_or_else(|| {
+        let rows = self.offsets.len().checked_sub(1).ok_or_else(|| {
             Error::corrupt(path, "'offsets' is empty, it should have one element more than rows")
         })?;
         let lengths = [
-            ("text_id", self.texts.slice_untouched::<u64>("text_id")?.len()),
-            ("cluster", self.texts.slice_untouched::<u64>("cluster")?.len()),
-            ("role", self.texts.slice_untouched::<u8>("role")?.len()),
-            ("source", self.texts.slice_untouched::<u16>("source")?.len()),
-            ("prompt_len", self.texts.slice_untouched::<u16>("prompt_len")?.len()),
+            ("text_id", self.text_id.len()),
+            ("cluster", self.cluster.len()),
+            ("role", self.role.len()),
+            ("source", self.source.len()),
+            ("prompt_len", self.prompt_len.len()),
         ];
         for (column, len) in lengths {
             if len != rows {
@@ -367,40 +406,8 @@ impl Shard {
                 ));
             }
         }
-        let tokens = match view.ids {
-            Ids::Narrow(ids) => ids.len(),
-            Ids::Wide(ids) => ids.len(),
-        };
-        Ok((rows as u64, tokens as u64))
+        Ok((rows as u64, self.token_count() as u64))
     }
-
-    fn view(&self) -> Result<View<'_>> {
-        use embkit_core::container::Dtype;
-        let ids = match self.texts.get_untouched("tokens")?.dtype {
-            Dtype::U16 => Ids::Narrow(self.texts.slice_untouched("tokens")?),
-            _ => Ids::Wide(self.texts.slice_untouched("tokens")?),
-        };
-        Ok(View { shard: self, ids, offsets: self.texts.slice_untouched("offsets")? })
-    }
-}
-
-/// Copies the tokens of a span, whose length `out` has, after verifying their blocks.
-fn copy<T: TokenId>(views: &[View], span: Span, out: &mut [T]) -> Result<()> {
-    let Some(view) = views.get(span.shard) else { return Ok(()) };
-    let verify = |size| view.shard.texts.verify_range("tokens", span.start * size..span.end * size);
-    match view.ids {
-        Ids::Narrow(ids) => {
-            verify(2)?;
-            let ids = ids.get(span.start..span.end).unwrap_or_default();
-            out.iter_mut().zip(ids).for_each(|(out, id)| *out = T::of(u32::from(*id)));
-        }
-        Ids::Wide(ids) => {
-            verify(4)?;
-            let ids = ids.get(span.start..span.end).unwrap_or_default();
-            out.iter_mut().zip(ids).for_each(|(out, id)| *out = T::of(*id));
-        }
-    }
-    Ok(())
 }
 
 /// The number of shards, by the files' names; every one of them must be there.

@@ -1,4 +1,4 @@
-"""From examples to the rows and keys of a batch; numpy only, no state, runs in any data thread.
+"""The reference of the Rust loader: from examples to the rows and keys of a batch, in numpy.
 
 Losses never mask by row number: two rows may be the same text, or copies of each other. Each side
 carries a key (the text's near-duplicate cluster, or the class), and a candidate is masked when its
@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from naive_draws import draws, key_of, sample
 
 from embkit.errors import CorruptError, UsageError
-from embkit.losses.draw import draws, key_of, sample
 
 KINDS = ("retrieval", "sts", "classification")
 

@@ -1,4 +1,4 @@
-"""Randomness as a function: counter-based draws and keyed permutations, no generator, no state.
+"""The reference of the Rust plan's randomness: counter-based draws and keyed permutations.
 
 A draw is a hash of what it is for (seed, task, epoch, example), so any position of any epoch can be
 computed alone, in any thread, on any machine. numpy only.

@@ -143,8 +143,13 @@ class Train:
         schedule: cosine, linear or constant after the warm-up, down to lr * min_lr_ratio.
         weight_decay: decoupled, on matrices only. clip_norm: global gradient norm.
         seed: seed of the plan (order, sampling) and of dropout.
-        tasks: mixture weight of each task by name; empty means all tasks by their size.
-        hard_negatives: mined negatives per query of a retrieval batch.
+        tasks: mixture weight of each task by name; empty means all tasks by their size, as
+            min(size, mixture_cap) ** (1 / mixture_temperature); a cap of 0 is none.
+        exhausted: what a task does after its last batch: "repeat" starts the next epoch, "drop"
+            leaves the mixture after ``epochs`` passes, "stop" ends the mixture for all.
+        no_duplicates: keep examples that share a near-duplicate cluster in different batches.
+        hard_negatives: negatives per query of a retrieval batch. hard_rule: "sample" of those
+            mined, anew each epoch, or "top", the first of them.
         cosent_scale: lambda of CoSENT (1 / its temperature).
         token_budget: tokens of a micro-batch, padding included.
         checkpoint_every: steps between checkpoints. keep_checkpoints: how many stay.
@@ -164,7 +169,13 @@ class Train:
     clip_norm: float = 1.0
     seed: int = 0
     tasks: Mapping[str, float] = field(default_factory=dict)
+    mixture_temperature: float = 1.0
+    mixture_cap: int = 0
+    exhausted: str = "repeat"
+    epochs: int = 1
+    no_duplicates: bool = False
     hard_negatives: int = 0
+    hard_rule: str = "sample"
     cosent_scale: float = 20.0
     token_budget: int = 16384
     checkpoint_every: int = 100
@@ -176,10 +187,19 @@ class Train:
 
     def __post_init__(self) -> None:
         _one_of("schedule", self.schedule, ("cosine", "linear", "constant"))
-        for name in ("steps", "batch_size", "token_budget", "checkpoint_every", "data_threads"):
+        _one_of("exhausted", self.exhausted, ("repeat", "drop", "stop"))
+        _one_of("hard_rule", self.hard_rule, ("sample", "top"))
+        for name in (
+            "steps",
+            "batch_size",
+            "epochs",
+            "token_budget",
+            "checkpoint_every",
+            "data_threads",
+        ):
             value = getattr(self, name)
             _require(value > 0, f"{name} = {value} is not positive.", "give a whole number from 1")
-        for name in ("temperature", "lr"):
+        for name in ("temperature", "lr", "mixture_temperature"):
             value = getattr(self, name)
             _require(value > 0, f"{name} = {value} is not positive.", "give a number above 0")
 

@@ -83,6 +83,7 @@ def test_both_install_in_a_clean_venv_and_import(dist: Path, tmp_path: Path, pat
     venv.create(home, with_pip=True)
     python = home / "bin" / "python"
     env = {**os.environ, "CARGO_TARGET_DIR": str(REPO / "target"), "PIP_QUIET": "1"}
+    env.pop("PYTHONPATH", None)  # a developer's source tree must not stand in for the wheel
     install = [str(python), "-m", "pip", "install", "--no-deps", str(only(dist, pattern))]
     subprocess.run(install, check=True, timeout=900, cwd=tmp_path, env=env)
     purelib = subprocess.run(
@@ -100,10 +101,10 @@ def test_both_install_in_a_clean_venv_and_import(dist: Path, tmp_path: Path, pat
         "demo = pathlib.Path(embkit.__file__).parent / 'demo' / 'data'\n"
         "assert (demo / 'train' / 'retrieval.jsonl.zst').is_file()\n"
     )
-    subprocess.run([str(python), "-c", code], check=True, timeout=120, cwd=tmp_path)
+    subprocess.run([str(python), "-c", code], check=True, timeout=120, cwd=tmp_path, env=env)
     embkit = [str(home / "bin" / "embkit"), "run", "quickstart", "--dry-run"]
     done = subprocess.run(
-        embkit, capture_output=True, text=True, check=True, cwd=tmp_path, timeout=120
+        embkit, capture_output=True, text=True, check=True, cwd=tmp_path, timeout=120, env=env
     )
     assert str(home) in done.stdout, "the bundled data is package data"
     assert "prefinetune: 1 x" in done.stdout

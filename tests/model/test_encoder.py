@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 from collections.abc import Callable
 
 import numpy as np
@@ -14,7 +13,7 @@ from hypothesis import strategies as st
 
 from embkit.errors import UsageError
 from embkit.model import Encoder
-from embkit.model.encoder import _PRICE, _cuts, micro_batches
+from embkit.model.encoder import micro_batches
 from embkit.model.tokens import TextTokenizer, load_tokenizer
 
 TOLERANCE = 2e-6
@@ -167,17 +166,3 @@ def test_micro_batches_take_each_row_once(lengths: list[int], budget: int) -> No
     assert (np.diff(falling) <= 0).all()
     for cut in cuts:
         assert len(cut) == 1 or len(cut) * max(int(array[cut].max()), 1) <= budget
-
-
-@given(st.lists(st.integers(1, 400), min_size=1, max_size=9))
-def test_cuts_are_the_cheapest(lengths: list[int]) -> None:
-    falling = np.sort(np.array(lengths, np.int64))[::-1].copy()
-    n = len(falling)
-
-    def price(bounds: list[int]) -> int:
-        pairs = itertools.pairwise([0, *bounds, n])
-        return sum(_PRICE + int(falling[a]) * (b - a) for a, b in pairs)
-
-    best = min(price(list(c)) for k in range(n) for c in itertools.combinations(range(1, n), k))
-    found = _cuts(falling)
-    assert price([start for start, _, _ in found][1:]) == best

@@ -159,6 +159,20 @@ def table() -> Callable[..., Examples]:
     return make_table
 
 
+@pytest.fixture
+def make_store(tmp_path: Path) -> Callable[..., Store]:
+    """Makes a store of three tasks from a seed, or one of the texts and tables given."""
+
+    def make(seed: int, examples: int, *, copies: int = 1) -> Store:
+        texts, tables = texts_and_tables(seed, examples)
+        rng = np.random.default_rng(seed)
+        cluster = rng.integers(0, max(len(texts) // copies, 1), len(texts)).astype(np.uint64)
+        clusters = None if copies == 1 else cluster + np.uint64(2**63)
+        return write_store(tmp_path / f"store-{seed}-{examples}", texts, tables, cluster=clusters)
+
+    return make
+
+
 @pytest.fixture(scope="session")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
     """90 examples of each of three tasks."""

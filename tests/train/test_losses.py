@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from naive_batches import Sides as Rows
+from naive_batches import TaskData, dense
 
 from embkit.errors import CorruptError, UsageError
-from embkit.losses import Sides, TaskData, compute, explain
-from embkit.losses.candidates import dense
+from embkit.losses import Sides, compute, explain
 from embkit.recipe import Train
 
 DIMS = (12, 5)
@@ -33,10 +34,12 @@ def embeddings(rows: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(rows, DIMS[0], generator=generator, dtype=torch.float64)
 
 
-def run(sides: Sides, e: torch.Tensor, config: Train) -> tuple[torch.Tensor, torch.Tensor]:
+def run(rows: Rows, e: torch.Tensor, config: Train) -> tuple[torch.Tensor, torch.Tensor]:
     """The loss with one embedding per store row."""
-    index = [torch.from_numpy(r.astype(np.int64)) for r in (sides.query, sides.positive)]
-    hard = torch.from_numpy(sides.hard.astype(np.int64))
+    index = [torch.from_numpy(r.astype(np.int64)) for r in (rows.query, rows.positive)]
+    hard = torch.from_numpy(rows.hard.astype(np.int64))
+    names = ("query_key", "positive_key", "hard_key", "hard_mask", "score", "weight")
+    sides = Sides(kind=rows.kind, **{n: torch.from_numpy(getattr(rows, n)) for n in names})
     out = compute(e, *index, hard, sides, dims=DIMS, config=config)
     return out.loss, out.per_dim
 

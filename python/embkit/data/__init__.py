@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from embkit.data.batches import Batches
 from embkit.data.dedup import dedup
 from embkit.data.export import to_datasets
 from embkit.data.loader import Store
@@ -9,4 +10,14 @@ from embkit.data.records import Records, read
 from embkit.data.tables import Examples, Texts
 from embkit.data.tokenize import tokenize
 
-__all__ = ["Examples", "Records", "Store", "Texts", "dedup", "read", "to_datasets", "tokenize"]
+__all__ = [
+    "Batches",
+    "Examples",
+    "Records",
+    "Store",
+    "Texts",
+    "dedup",
+    "read",
+    "to_datasets",
+    "tokenize",
+]

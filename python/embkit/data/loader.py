@@ -92,16 +92,29 @@ class Store:
         """Names of the tasks, in manifest order."""
         return [t["name"] for t in self.manifest["tasks"]]
 
+    @property
+    def task_sizes(self) -> dict[str, int]:
+        """Examples of each task, in manifest order."""
+        return {t["name"]: int(t["examples"]) for t in self.manifest["tasks"]}
+
+    def task(self, name: str) -> dict[str, Any]:
+        """What the manifest says of a task: name, kind, examples, labels.
+
+        Raises:
+            KeyError: no such task.
+        """
+        for task in self.manifest["tasks"]:
+            if task["name"] == name:
+                return dict(task)
+        raise KeyError(f"no task {name!r}; there are {', '.join(self.task_names)}")
+
     def examples(self, name: str) -> Examples:
         """The examples of one task, in store rows.
 
         Raises:
             KeyError: no such task. CorruptError: the table is damaged.
         """
-        for task in self.manifest["tasks"]:
-            if task["name"] == name:
-                return Examples.load(self.path, task, rows=self.rows)
-        raise KeyError(f"no task {name!r}; there are {', '.join(self.task_names)}")
+        return Examples.load(self.path, self.task(name), rows=self.rows)
 
     def tasks(self) -> dict[str, Examples]:
         """The examples of every task."""

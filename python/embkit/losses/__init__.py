@@ -3,7 +3,6 @@
 No maths here: rows, identity keys and masks go in, ``embkit.kernels`` is called.
 """
 
-from embkit.losses.candidates import KINDS, Sides, TaskData
-from embkit.losses.tasks import Outcome, compute, explain
+from embkit.losses.tasks import Outcome, Sides, compute, explain
 
-__all__ = ["KINDS", "Outcome", "Sides", "TaskData", "compute", "explain"]
+__all__ = ["Outcome", "Sides", "compute", "explain"]

@@ -8,8 +8,33 @@ from dataclasses import dataclass
 import torch
 
 from embkit import kernels
-from embkit.losses.candidates import Sides
 from embkit.recipe import Train
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sides:
+    """What a loss needs of a batch beside the embeddings; b rows, H hard negatives each.
+
+    Losses never mask by row number: two rows may be the same text, or copies of each other. Each
+    side carries a key (the text's near-duplicate cluster, or the class), and a candidate is masked
+    when its key equals the positive's, or when its own query's key equals the row's: Gemini's rule
+    ``q_i = q_j OR p_i = p_j``. Keys are dense int32 per global batch, so they cannot collide.
+
+    Attributes:
+        kind: of the task.
+        query_key, positive_key: int32 [b]. hard_key: int32 [b, H].
+        hard_mask: bool [b, H], False where a row has fewer than H hard negatives.
+        score: float32 [b], gold similarity of an STS pair (zeros otherwise).
+        weight: float32 [b] of each row in the loss.
+    """
+
+    kind: str
+    query_key: torch.Tensor
+    positive_key: torch.Tensor
+    hard_key: torch.Tensor
+    hard_mask: torch.Tensor
+    score: torch.Tensor
+    weight: torch.Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,20 +73,20 @@ def compute(
 
     q_BD, p_BD = side(query), side(positive)
     if sides.kind == "sts":
-        scores = torch.from_numpy(sides.score).to(device)
+        scores = sides.score.to(device)
         loss, per_dim = kernels.cosent((q_BD, p_BD), scores, dims, scale=config.cosent_scale)
         return Outcome(loss=loss, per_dim=per_dim)
-    own = sides.hard.shape[1] > 0
+    own = hard.shape[1] > 0
     loss, per_dim = kernels.infonce(
         q_BD,
         p_BD,
         dims,
         hard=side(hard) if own else None,
-        query_ids=torch.from_numpy(sides.query_key).to(device),
-        passage_ids=torch.from_numpy(sides.positive_key).to(device),
-        hard_ids=torch.from_numpy(sides.hard_key).to(device) if own else None,
-        hard_mask=torch.from_numpy(sides.hard_mask).to(device) if own else None,
-        row_weights=torch.from_numpy(sides.weight).to(device),
+        query_ids=sides.query_key.to(device),
+        passage_ids=sides.positive_key.to(device),
+        hard_ids=sides.hard_key.to(device) if own else None,
+        hard_mask=sides.hard_mask.to(device) if own else None,
+        row_weights=sides.weight.to(device),
         temperature=config.temperature,
     )
     return Outcome(loss=loss, per_dim=per_dim)

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from embkit import kernels
+from embkit import _rust, kernels
 from embkit.errors import UsageError
 from embkit.model.tokens import TextTokenizer, load_tokenizer, pad
 
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 ROLES = ("query", "passage")
 POOLINGS = ("mean", "cls", "last")
 _TOKENS = 4096  # of an encoding micro-batch: large enough for full speed, small enough for caches
-_PRICE = 128  # tokens that one more micro-batch must save in padding to be worth its calls
 
 
 class Encoder(nn.Module):
@@ -329,33 +328,9 @@ def micro_batches(lengths: np.ndarray, budget: int) -> Iterator[np.ndarray]:
     Yields:
         Positions int64 [b] into ``lengths``; together each exactly once. Ties keep their order.
     """
-    order = np.argsort(-lengths.astype(np.int64), kind="stable")
-    for start, stop, longest in _cuts(lengths[order].astype(np.int64)):
-        batches = -(-(stop - start) // max(budget // longest, 1))
-        yield from np.array_split(order[start:stop], batches)
-
-
-def _cuts(falling: np.ndarray) -> list[tuple[int, int, int]]:
-    """Cheapest segments (start, stop, longest) of falling lengths, by dynamic programming.
-
-    O(u^2) for u distinct lengths. ``cost[j]`` is the least price of the first j of them.
-    """
-    value, first = np.unique(-falling, return_index=True)
-    longest = np.maximum(-value, 1)
-    begin = np.append(first, len(falling))
-    cost = np.zeros(len(begin))
-    back = np.zeros(len(begin), np.int64)
-    for j in range(1, len(begin)):
-        price = cost[:j] + longest[:j] * (begin[j] - begin[:j]) + _PRICE
-        back[j] = int(price.argmin())
-        cost[j] = price[back[j]]
-    cuts = []
-    j = len(begin) - 1
-    while j > 0:
-        i = int(back[j])
-        cuts.append((int(begin[i]), int(begin[j]), int(longest[i])))
-        j = i
-    return cuts[::-1]
+    order, ends = _rust.micro_batches(np.ascontiguousarray(lengths, np.uint32), budget)
+    if len(order):
+        yield from np.split(order.astype(np.int64), ends[:-1].astype(np.int64))
 
 
 def gather(store: Any, rows: np.ndarray, pad_id: int) -> tuple[np.ndarray, np.ndarray]:

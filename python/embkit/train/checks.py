@@ -7,10 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from embkit import container
-from embkit.errors import CorruptError, UsageError
+from embkit.errors import UsageError
 from embkit.model.encoder import positions
 from embkit.model.tokens import load_tokenizer
 from embkit.train.checkpoint import Checkpoint
@@ -23,8 +20,8 @@ def before_training(encoder: Encoder, store: Any) -> None:
     """The store's tokens must be this encoder's tokens.
 
     Raises:
-        UsageError: another tokenizer, more tokens than embeddings, or texts longer than the
-            position table.
+        UsageError: another tokenizer or prompt, more tokens than embeddings, or texts longer than
+            the position table.
     """
     theirs = load_tokenizer(store.tokenizer)
     if theirs.json != encoder.tokenizer.json:
@@ -34,6 +31,15 @@ def before_training(encoder: Encoder, store: Any) -> None:
             fix="tokenize again with this model's tokenizer, or start from a model made for the "
             "store",
         )
+    for role, prompt in store.prompts.items():
+        own = encoder.prompts.get(role, "")
+        if own and own != prompt:
+            raise UsageError(
+                f"The store was tokenised with the {role} prompt {prompt!r}, the encoder serves "
+                f"with {own!r}.",
+                where=store.path,
+                fix="tokenize again with the encoder's prompts, or give the encoder the store's",
+            )
     embeddings = encoder.backbone.get_input_embeddings().num_embeddings
     if theirs.vocab_size > embeddings:
         raise UsageError(
@@ -63,32 +69,6 @@ def negatives_dir(negatives: Any) -> Path | None:
             fix="give the directory that embkit mine wrote",
         )
     return Path(negatives)
-
-
-def read_negatives(folder: Path | None, store: Any) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Mined negatives by task: offsets u64 [m + 1] and store rows u64.
-
-    Raises:
-        CorruptError: not a directory of negatives, damaged, or rows beyond the store.
-    """
-    if folder is None:
-        return {}
-    container.read_manifest(folder, kind="embkit.negatives")
-    out = {}
-    for path in sorted(folder.glob("negatives-*.safetensors")):
-        columns = container.load(path, kind="embkit.negatives")
-        offsets, rows = columns["offsets"], columns["row"]
-        counts = np.diff(offsets.astype(np.int64))
-        if not len(offsets) or offsets[0] != 0 or (counts < 0).any():
-            raise CorruptError("The offsets do not ascend from 0.", where=path, fix="mine again")
-        if len(rows) and int(rows.max()) >= store.rows:
-            raise CorruptError(
-                f"Negatives name row {int(rows.max())}, the store has {store.rows}.",
-                where=path,
-                fix="mine again on this store",
-            )
-        out[path.stem.removeprefix("negatives-")] = (offsets, rows)
-    return out
 
 
 def checkpoint_fits(

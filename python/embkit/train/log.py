@@ -80,31 +80,27 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 def save_failed_batch(folder: Path, batch: Batch) -> Path:
     """Write a batch for inspection: rows, keys, tokens; returns the file."""
-    path = folder / f"failed-step-{batch.part.step + 1:06d}.safetensors"
-    mask = [m.mask.bool() for m in batch.micro]
+    filled = batch.filled
+    path = folder / f"failed-step-{filled.step + 1:06d}.safetensors"
+    mask = [m.mask.bool().cpu() for m in batch.micro]
     lengths = np.concatenate([m.sum(1).numpy() for m in mask])
-    sides = batch.sides
+    names = (
+        "query", "positive", "hard", "query_key", "positive_key", "hard_key", "score", "weight",
+    )  # fmt: skip
     container.save(
         path,
         {
-            "rows": batch.rows,
+            "rows": filled.rows,
             "tokens": np.concatenate(
-                [m.ids[k].numpy() for m, k in zip(batch.micro, mask, strict=True)]
+                [m.ids.cpu()[k].numpy() for m, k in zip(batch.micro, mask, strict=True)]
             ),
             "offsets": np.concatenate([[0], np.cumsum(lengths)]).astype(np.uint64),
-            "examples": batch.part.examples,
-            "query": sides.query,
-            "positive": sides.positive,
-            "hard": sides.hard,
-            "query_key": sides.query_key,
-            "positive_key": sides.positive_key,
-            "hard_key": sides.hard_key,
-            "hard_mask": sides.hard_mask.astype(np.uint8),
-            "score": sides.score,
-            "weight": sides.weight,
+            "examples": filled.examples,
+            "hard_mask": filled["hard_mask"].astype(np.uint8),
+            **{name: filled[name] for name in names},
         },
         kind="embkit.batch",
-        metadata={"task": batch.task, "step": str(batch.part.step + 1)},
+        metadata={"task": filled.task, "step": str(filled.step + 1)},
     )
     return path
 

@@ -21,16 +21,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from embkit import _rust
+from embkit.data.batches import Batches
 from embkit.errors import EmbkitError, Preempted, UsageError, nearest
-from embkit.losses import Outcome, TaskData, compute
+from embkit.losses import Outcome, compute
 from embkit.progress import bar
 from embkit.recipe import Train
 from embkit.stage import digest_of, stage
 from embkit.train import checkpoint, checks
-from embkit.train.batches import Batch, Batches, prefetch
+from embkit.train.batches import Batch, allocator, stream
 from embkit.train.log import Log, save_failed_batch
 from embkit.train.optim import Optimizer, learning_rate
-from embkit.train.plan import Plan, Task, weights_for
 from embkit.train.signals import StopFlag
 
 if TYPE_CHECKING:
@@ -160,8 +160,7 @@ def train(
         if work.done:
             return Encoder.from_pretrained(work.out / "model"), Profile()
         checks.before_training(encoder, store)
-        data = _tasks(store, config, checks.read_negatives(mined, store))
-        run = _Run(copy.deepcopy(encoder), store, data, config, work.dir, work.digest)
+        run = _Run(copy.deepcopy(encoder), store, mined, config, work.dir, work.digest)
         run.adopt_sides()
         with deterministic(), bar(name.capitalize(), total=config.steps, unit="steps") as progress:
             run.all(progress)
@@ -169,8 +168,11 @@ def train(
         work.publish(
             {
                 "steps": config.steps,
-                "tasks": [{"name": t.name, "kind": t.kind, "examples": len(t)} for t in data],
-                "skipped": {t.name: t.skipped for t in data if t.skipped},
+                "tasks": [
+                    {"name": name, "kind": store.task(name)["kind"], "examples": count}
+                    for name, count in run.batches.examples.items()
+                ],
+                "skipped": run.batches.skipped,
                 "init_sha256": run.init_sha256,
                 "model_digest": run.encoder.digest(),
             }
@@ -185,7 +187,7 @@ class _Run:
         self,
         encoder: Encoder,
         store: Any,
-        data: list[TaskData],
+        negatives: Path | None,
         config: Train,
         folder: Path,
         digest: str,
@@ -193,19 +195,31 @@ class _Run:
         self.encoder, self.config, self.folder, self.digest = encoder, config, folder, digest
         self.store = store
         self.data_digest = digest_of(store.path)
-        asked = {name: weight for name, weight in config.tasks.items() if weight > 0}
-        weights = weights_for({t.name: len(t) for t in data}, asked)
-        tasks = [Task(name=t.name, examples=len(t), weight=weights[t.name]) for t in data]
-        self.plan = Plan(seed=config.seed, tasks=tasks, batch_size=config.batch_size)
         self.batches = Batches(
-            self.plan,
-            data,
             store,
+            batch_size=config.batch_size,
             seed=config.seed,
-            hard=config.hard_negatives,
+            weights=config.tasks,
+            temperature=config.mixture_temperature,
+            cap=config.mixture_cap,
+            hard_negatives=config.hard_negatives,
+            hard_rule=config.hard_rule,
+            negatives=negatives,
             token_budget=config.token_budget,
+            layout="padded",
             pad_id=encoder.tokenizer.pad_id,
+            no_duplicates=config.no_duplicates,
+            exhausted=config.exhausted,
+            epochs=config.epochs,
+            allocate=allocator(encoder.device),
         )
+        self.plan = self.batches.plan
+        if self.plan.steps is not None and config.steps > self.plan.steps:
+            raise UsageError(
+                f"The mixture ends after {self.plan.steps} steps, {config.steps} are asked for.",
+                where="steps",
+                fix=f'set steps = {self.plan.steps}, more epochs, or exhausted = "repeat"',
+            )
         self.init_sha256 = checkpoint.sha256_tensors(encoder.state_dict())
         self.optimizer = Optimizer(encoder, config)
         self.profile = Profile()
@@ -225,14 +239,17 @@ class _Run:
             start = self._resume()
             progress.update(start)
             steps = self.config.steps
-            ahead = prefetch(self.batches, start, steps, threads=self.config.data_threads)
+            ahead = stream(
+                self.batches, start, steps, threads=self.config.data_threads,
+                device=self.encoder.device,
+            )  # fmt: skip
             mark = time.perf_counter()
             try:
                 for batch in ahead:
                     began = time.perf_counter()
                     self.profile.wait += began - mark
                     shown = self._step(batch)
-                    done = batch.part.step + 1
+                    done = batch.filled.step + 1
                     stopping = stop.requested and done < steps
                     if done % self.config.checkpoint_every == 0 or done == steps or stopping:
                         self._save(done)
@@ -243,7 +260,7 @@ class _Run:
                             fix="run the same command again to go on",
                         )
                     if done % self.config.log_every == 0 or done == steps:
-                        progress.update(done, loss=shown, task=batch.task)
+                        progress.update(done, loss=shown, task=batch.filled.task)
                     mark = time.perf_counter()
             finally:
                 ahead.close()  # type: ignore[attr-defined]
@@ -252,11 +269,8 @@ class _Run:
     def _step(self, batch: Batch) -> float:
         """Forward, loss, backward, update, log line; returns the loss."""
         clock = _Clock(self.profile)
-        device = self.encoder.device
-        parts = [
-            self.encoder(m.ids.to(device), m.mask.to(device), m.prompt_len.to(device))
-            for m in batch.micro
-        ]
+        step = batch.filled.step
+        parts = [self.encoder(m.ids, m.mask, m.prompt_len) for m in batch.micro]
         e_RD = torch.cat(parts) if len(parts) > 1 else parts[0]
         clock.lap("forward")
         out = compute(
@@ -265,45 +279,45 @@ class _Run:
         )  # fmt: skip
         loss = float(out.loss.detach())
         if not math.isfinite(loss):
-            self._fail(batch, f"The loss of step {batch.part.step + 1} is {loss}.")
+            self._fail(batch, f"The loss of step {step + 1} is {loss}.")
         clock.lap("loss")
-        (out.loss * batch.part.weight).backward()
+        out.loss.backward()
         clock.lap("backward")
-        rate = learning_rate(self.config, batch.part.step)
+        rate = learning_rate(self.config, step)
         norm = self.optimizer.step(rate)
         if not math.isfinite(norm):
-            self._fail(batch, f"The gradient norm of step {batch.part.step + 1} is {norm}.")
+            self._fail(batch, f"The gradient norm of step {step + 1} is {norm}.")
         clock.lap("optimizer")
         self._write(batch, loss, out, rate, norm)
         self.profile.steps += 1
-        self.profile.tokens += batch.tokens
-        self.profile.padded += batch.padded
+        self.profile.tokens += batch.filled.tokens
+        self.profile.padded += batch.filled.padded
         clock.lap("other")
         return loss
 
     def _write(self, batch: Batch, loss: float, out: Outcome, rate: float, norm: float) -> None:
         """One line a step, without times: the log of two equal runs is equal byte for byte."""
-        per_dim = out.per_dim.detach().tolist()
+        per_dim, filled = out.per_dim.detach().tolist(), batch.filled
         self.log.write(
             {
-                "step": batch.part.step + 1,
-                "task": batch.task,
-                "epoch": batch.part.epoch,
+                "step": filled.step + 1,
+                "task": filled.task,
+                "epoch": filled.epoch,
                 "loss": loss,
                 "loss_hex": loss.hex(),
                 "loss_per_dim": dict(zip(map(str, self.encoder.dims), per_dim, strict=True)),
                 "lr": rate,
                 "grad_norm": norm,
-                "tokens": batch.tokens,
-                "padded": batch.padded,
-                "rows": len(batch.rows),
+                "tokens": filled.tokens,
+                "padded": filled.padded,
+                "rows": len(filled.rows),
             }
         )
 
     def _save(self, done: int) -> None:
         began = time.perf_counter()
         cursor = self.plan.count_before(done)
-        names = [t.name for t in self.plan.tasks]
+        names = self.batches.names
         epochs = [c // max(self.plan.batches_per_epoch(i), 1) for i, c in enumerate(cursor)]
         self.log.sync()
         optimizer, count = self.optimizer.tensors()
@@ -339,8 +353,9 @@ class _Run:
             return 0
         checkpoint.prune(found.path.parent, found.path, self.config.keep_checkpoints)
         state = found.state
-        names = [t.name for t in self.plan.tasks]
-        cursor = dict(zip(names, self.plan.count_before(int(state["step"])), strict=True))
+        cursor = dict(
+            zip(self.batches.names, self.plan.count_before(int(state["step"])), strict=True)
+        )
         checks.checkpoint_fits(
             found, stage_digest=self.digest, data_digest=self.data_digest, cursor=cursor
         )
@@ -356,7 +371,7 @@ class _Run:
         path = save_failed_batch(self.folder, batch)
         raise EmbkitError(
             what,
-            where=f"task {batch.task}; its batch is in {path}",
+            where=f"task {batch.filled.task}; its batch is in {path}",
             fix="look at that batch; a lower lr, a longer warm-up or a higher temperature helps "
             "when the data is sound",
         )
@@ -417,14 +432,3 @@ def _decisive(config: Train) -> dict[str, Any]:
     plain = dataclasses.asdict(dataclasses.replace(config, tasks=dict(config.tasks)))
     plain["betas"] = list(config.betas)
     return {key: value for key, value in plain.items() if key not in _FREE}
-
-
-def _tasks(store: Any, config: Train, negatives: Mapping[str, Any]) -> list[TaskData]:
-    """The data of every task of positive weight."""
-    tables = store.tasks()
-    weights = weights_for({n: len(t.query) for n, t in tables.items()}, config.tasks)
-    return [
-        TaskData.of(table, negatives=negatives.get(name))
-        for name, table in tables.items()
-        if weights[name] > 0
-    ]

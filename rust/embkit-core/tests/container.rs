@@ -74,8 +74,9 @@ fn reads_back_what_was_written_in_place() {
     assert_eq!(foreign.info(), None);
 }
 
+/// P6.
 #[test]
-fn every_flipped_bit_is_seen() {
+fn test_flip_every_byte() {
     let bytes = small();
     for at in 0..bytes.len() {
         for bit in 0..8 {
@@ -113,6 +114,28 @@ fn every_truncation_and_every_zeroed_or_swapped_sector_is_seen() {
             assert!(bad == bytes || open(&bad).is_err(), "sectors {s} and {t} swapped");
         }
     }
+}
+
+/// P6 for a file of many blocks: random flips, 10^5 of them in full.
+#[test]
+fn test_flip_larger_files() {
+    let values: Vec<u64> = (0..60_000).map(|i| i * i).collect();
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join(NAME);
+    write(&path, &[Tensor::vector("v", &values)], &meta("embkit.test", 1)).unwrap();
+    let mut bytes = std::fs::read(&path).unwrap();
+    let flips = if std::env::var_os("EMBKIT_TEST_FULL").is_some() { 100_000 } else { 1000 };
+    let mut state = 1u64;
+    for _ in 0..flips {
+        state =
+            state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        let at = (state >> 33) as usize % bytes.len();
+        let bit = 1 << (state >> 30 & 7);
+        bytes[at] ^= bit;
+        assert!(matches!(open(&bytes), Err(Error::Corrupt { .. })), "byte {at} ^ {bit}");
+        bytes[at] ^= bit;
+    }
+    open(&bytes).unwrap();
 }
 
 /// Larger files: random flips, found at open or on the first touch of the tensor they hit.

@@ -24,8 +24,9 @@ fn golden_text() {
     assert_eq!(fs::read_to_string(&path).unwrap(), want);
 }
 
+/// P6.
 #[test]
-fn every_flipped_bit_and_every_truncation_is_seen() {
+fn test_flip_every_byte() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("state.json");
     let value = json!({"format": "embkit.checkpoint", "version": 1, "step": 100, "loss": 0.125,

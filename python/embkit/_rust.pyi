@@ -287,9 +287,10 @@ class Store:
 
     def gather_padded(
         self, rows: _U64, out_ids: NDArray[Any], out_mask: NDArray[Any], pad_id: int
-    ) -> None:
-        """Write rows side by side into ``out_ids`` (int64 or int32) and ``out_mask`` (int64, uint8
-        or bool), both [B, L]; ``pad_id`` and 0 behind the end of a row."""
+    ) -> int:
+        """Write rows side by side, as wide as the longest, to the front of ``out_ids`` (int64 or
+        int32, 1-D) and ``out_mask`` (int64, int32, uint8 or bool, 1-D), with ``pad_id`` and 0
+        behind the end of a row; returns the width."""
 
 # ---------------------------------------------------------------- batches
 

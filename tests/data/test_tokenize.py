@@ -29,10 +29,10 @@ def records(folder: Path, tmp_path: Path) -> data.Records:
 def ids_of(store: Store, row: int) -> list[int]:
     rows = np.array([row], np.uint64)
     width = int(store.lengths(rows)[0])
-    ids, mask = np.zeros((1, width), np.int64), np.zeros((1, width), np.int64)
-    store.gather_padded(rows, ids, mask, 0)
+    ids, mask = np.zeros(width, np.int64), np.zeros(width, np.int64)
+    assert store.gather_padded(rows, ids, mask, 0) == width
     assert mask.all()
-    return ids[0].tolist()
+    return ids.tolist()
 
 
 @pytest.mark.parametrize("prompts", [{}, PROMPTS], ids=["plain", "prompts"])

@@ -159,9 +159,9 @@ class Store:
         """Fill packed tokens [T] and cu_seqlens int32 [n+1]."""
         self.rows_store.gather(_u64(rows), out_tokens, out_cu_seqlens)
 
-    def gather_padded(self, rows: Array, out_ids: Array, out_mask: Array, pad_id: int) -> None:
-        """Fill padded ids and mask [n, L]."""
-        self.rows_store.gather_padded(_u64(rows), out_ids, out_mask, pad_id)
+    def gather_padded(self, rows: Array, out_ids: Array, out_mask: Array, pad_id: int) -> int:
+        """Fill the front of flat buffers with padded ids and mask [n, L]; returns L."""
+        return self.rows_store.gather_padded(_u64(rows), out_ids, out_mask, pad_id)
 
     def text(self, row: int) -> str:
         """The original text of a row."""

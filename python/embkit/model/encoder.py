@@ -336,10 +336,10 @@ def micro_batches(lengths: np.ndarray, budget: int) -> Iterator[np.ndarray]:
 def gather(store: Any, rows: np.ndarray, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
     """Padded ids and mask, int64 [b, L], of rows of a token store."""
     width = max(int(np.asarray(store.lengths(rows)).max(initial=0)), 1)
-    ids = np.empty((len(rows), width), np.int64)
-    mask = np.empty((len(rows), width), np.int64)
+    ids = np.full(len(rows) * width, pad_id, np.int64)
+    mask = np.zeros(len(rows) * width, np.int64)
     store.gather_padded(rows, ids, mask, pad_id)
-    return ids, mask
+    return ids.reshape(-1, width), mask.reshape(-1, width)
 
 
 def hash_tensors(total: Any, tensors: Mapping[str, torch.Tensor]) -> None:

@@ -5,11 +5,8 @@ use crate::door::short;
 use crate::error::usage;
 use embkit_core::container::Verify;
 use embkit_store::read;
-use embkit_store::read::TokenId;
-use numpy::{
-    Element, PyArray1, PyArray2, PyArrayMethods, PyReadonlyArray1, PyReadwriteArray1,
-    PyReadwriteArray2, PyUntypedArrayMethods,
-};
+use embkit_store::read::{Flag, TokenId};
+use numpy::{Element, PyArray1, PyArrayMethods, PyReadonlyArray1, PyReadwriteArray1};
 use pyo3::prelude::*;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -126,7 +123,7 @@ impl Store {
         }
     }
 
-    /// Write rows side by side into `out_ids` and `out_mask` [B, L], `pad_id` and 0 behind.
+    /// Write rows side by side to the front of `out_ids` and `out_mask`; returns their width.
     fn gather_padded<'py>(
         &self,
         py: Python<'py>,
@@ -134,14 +131,14 @@ impl Store {
         out_ids: &Bound<'py, PyAny>,
         out_mask: &Bound<'py, PyAny>,
         pad_id: i32,
-    ) -> PyResult<()> {
+    ) -> PyResult<usize> {
         let rows = slice(py, &rows, "rows")?;
-        if let Ok(ids) = out_ids.cast::<PyArray2<i64>>() {
+        if let Ok(ids) = out_ids.cast::<PyArray1<i64>>() {
             self.pad(py, rows, ids.try_readwrite()?, out_mask, i64::from(pad_id))
-        } else if let Ok(ids) = out_ids.cast::<PyArray2<i32>>() {
+        } else if let Ok(ids) = out_ids.cast::<PyArray1<i32>>() {
             self.pad(py, rows, ids.try_readwrite()?, out_mask, pad_id)
         } else {
-            Err(usage(py, "out_ids has an unknown type", "Pass a 2-D int64 or int32 array"))
+            Err(usage(py, "out_ids has an unknown type", "Pass a 1-D int64 or int32 array"))
         }
     }
 
@@ -167,48 +164,43 @@ impl Store {
         short(py, || self.inner.gather(rows, tokens, bounds))
     }
 
-    fn pad<T: TokenId + Element + Send>(
+    fn pad<T: TokenId + Element>(
         &self,
         py: Python,
         rows: &[u64],
-        mut ids: PyReadwriteArray2<T>,
+        mut ids: PyReadwriteArray1<T>,
         mask: &Bound<'_, PyAny>,
         pad: T,
-    ) -> PyResult<()> {
-        let [height, width] = [ids.shape()[0], ids.shape()[1]];
-        let fits = height == rows.len();
+    ) -> PyResult<usize> {
         let Ok(ids) = ids.as_slice_mut() else {
             return Err(usage(py, "out_ids is not contiguous", CONTIGUOUS));
         };
-        if !fits {
-            let what = format!("out_ids has {height} rows for {} rows", rows.len());
-            return Err(usage(py, &what, "Pass one row of out_ids per row"));
-        }
         let store = self.inner.as_ref();
-        if let Ok(mask) = mask.cast::<PyArray2<i64>>() {
-            fill(py, store, rows, width, ids, mask.try_readwrite()?, pad)
-        } else if let Ok(mask) = mask.cast::<PyArray2<u8>>() {
-            fill(py, store, rows, width, ids, mask.try_readwrite()?, pad)
-        } else if let Ok(mask) = mask.cast::<PyArray2<bool>>() {
-            fill(py, store, rows, width, ids, mask.try_readwrite()?, pad)
+        if let Ok(mask) = mask.cast::<PyArray1<i64>>() {
+            fill(py, store, rows, ids, mask.try_readwrite()?, pad)
+        } else if let Ok(mask) = mask.cast::<PyArray1<i32>>() {
+            fill(py, store, rows, ids, mask.try_readwrite()?, pad)
+        } else if let Ok(mask) = mask.cast::<PyArray1<u8>>() {
+            fill(py, store, rows, ids, mask.try_readwrite()?, pad)
+        } else if let Ok(mask) = mask.cast::<PyArray1<bool>>() {
+            fill(py, store, rows, ids, mask.try_readwrite()?, pad)
         } else {
-            Err(usage(py, "out_mask has an unknown type", "Pass a 2-D int64, uint8 or bool array"))
+            let fix = "Pass a 1-D int64, int32, uint8 or bool array";
+            Err(usage(py, "out_mask has an unknown type", fix))
         }
     }
 }
 
-fn fill<T: TokenId + Send, M: Element + Copy + From<bool> + Send>(
+fn fill<T: TokenId, M: Element + Flag>(
     py: Python,
     store: &read::Store,
     rows: &[u64],
-    width: usize,
     ids: &mut [T],
-    mut mask: PyReadwriteArray2<M>,
+    mut mask: PyReadwriteArray1<M>,
     pad: T,
-) -> PyResult<()> {
-    let same = mask.shape() == [rows.len(), width];
-    let (true, Ok(mask)) = (same, mask.as_slice_mut()) else {
-        return Err(usage(py, "out_mask is not contiguous or not of out_ids' shape", CONTIGUOUS));
+) -> PyResult<usize> {
+    let Ok(mask) = mask.as_slice_mut() else {
+        return Err(usage(py, "out_mask is not contiguous", CONTIGUOUS));
     };
-    short(py, move || store.gather_padded(rows, width, ids, mask, pad))
+    short(py, move || store.gather_padded(rows, ids, mask, pad))
 }

@@ -72,7 +72,7 @@ fn store(c: &mut Criterion) {
     let width = picked.iter().map(|r| r.len()).max().unwrap_or(0);
     let (mut ids, mut mask) = (vec![0_i64; BATCH * width], vec![0_u8; BATCH * width]);
     group.bench_function("padded", |b| {
-        b.iter(|| store.gather_padded(black_box(&batch), width, &mut ids, &mut mask, 0).unwrap());
+        b.iter(|| store.gather_padded(black_box(&batch), &mut ids, &mut mask, 0).unwrap());
     });
     group.bench_function("packed_naive", |b| b.iter(|| naive::pack(black_box(&picked))));
     group.finish();

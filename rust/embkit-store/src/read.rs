@@ -12,7 +12,7 @@ use embkit_core::container::{Column, Container, Dtype, Element, Verify};
 use embkit_core::{Error, Result, TextShard};
 
 use crate::simd;
-pub use crate::simd::TokenId;
+pub use crate::simd::{Flag, TokenId};
 use crate::tokenize::{RAW_FORMAT, TEXTS_FORMAT, VERSION, list, name, parse_name};
 
 /// A token shard and, where the store has them, its texts.
@@ -33,6 +33,12 @@ struct Shard {
 enum Tokens {
     Narrow(Column<u16>),
     Wide(Column<u32>),
+}
+
+/// Tokens in place.
+enum Ids<'a> {
+    Narrow(&'a [u16]),
+    Wide(&'a [u32]),
 }
 
 /// An open store.
@@ -221,52 +227,40 @@ impl Store {
         Ok(total)
     }
 
-    /// Writes rows side by side into `ids` and `mask`, both rows x `width`, with `pad` and zeros
-    /// after the end of a row.
+    /// Writes rows side by side, each as wide as the longest, to the front of `ids` and `mask`, with
+    /// `pad` and zeros after the end of a row. Returns the width; what is left of the buffers stays
+    /// as it is.
     ///
-    /// Errors: `Usage` when a row does not exist or is longer than `width`, or a buffer does not
-    /// fit; `Corrupt` when the shard is damaged.
-    pub fn gather_padded<T: TokenId, M: Copy + From<bool>>(
+    /// Errors: `Usage` when a row does not exist or a buffer is too short (nothing is written
+    /// then); `Corrupt` when the shard is damaged.
+    pub fn gather_padded<T: TokenId, M: Flag>(
         &self,
         rows: &[u64],
-        width: usize,
         ids: &mut [T],
         mask: &mut [M],
         pad: T,
-    ) -> Result<()> {
+    ) -> Result<usize> {
+        let spans: Vec<Span> = rows.iter().map(|row| self.span(*row)).collect::<Result<_>>()?;
+        let width = spans.iter().map(Span::len).max().unwrap_or(0);
         let size = rows.len().checked_mul(width);
-        if size != Some(ids.len()) || size != Some(mask.len()) {
+        if size.is_none_or(|size| size > ids.len().min(mask.len())) {
             return Err(Error::usage(
                 format!(
-                    "ids has {} elements and mask {}, for {} rows of width {width}",
+                    "{} rows of width {width} for buffers of {} and {}",
+                    rows.len(),
                     ids.len(),
-                    mask.len(),
-                    rows.len()
+                    mask.len()
                 ),
-                "Pass buffers of rows x width",
+                "Pass buffers of at least rows x the longest row",
             ));
         }
-        // A width of 0 leaves no chunks, but its rows are still looked at.
-        let mut ids = ids.chunks_exact_mut(width.max(1));
-        let mut mask = mask.chunks_exact_mut(width.max(1));
-        for row in rows {
-            let span = self.span(*row)?;
-            let len = span.len();
-            if len > width {
-                return Err(Error::usage(
-                    format!("row {row} has {len} tokens, the batch is {width} wide"),
-                    "Use the length of the longest row as the width",
-                ));
-            }
-            let (Some(ids), Some(mask)) = (ids.next(), mask.next()) else { continue };
-            let (used, unused) = ids.split_at_mut(len);
-            self.copy(span, used)?;
-            unused.fill(pad);
-            let (used, unused) = mask.split_at_mut(len);
-            used.fill(M::from(true));
-            unused.fill(M::from(false));
+        // Rows without a token leave no chunks.
+        let ids = ids.chunks_exact_mut(width.max(1));
+        let mask = mask.chunks_exact_mut(width.max(1));
+        for ((span, ids), mask) in spans.iter().zip(ids).zip(mask) {
+            self.copy_padded(*span, ids, mask, pad)?;
         }
-        Ok(())
+        Ok(width)
     }
 
     /// Where the tokens of a row are. Errors: `Usage` when there is no such row, `Corrupt`.
@@ -286,18 +280,39 @@ impl Store {
     /// Copies the tokens of a span, whose length `out` has, after verifying their blocks.
     #[inline]
     pub fn copy<T: TokenId>(&self, span: Span, out: &mut [T]) -> Result<()> {
-        let Some(shard) = self.shards.get(span.shard as usize) else { return Ok(()) };
-        let range = span.start as usize..span.start as usize + span.len();
-        match shard.tokens {
-            Tokens::Narrow(column) => {
-                simd::widen(shard.texts.items(column, range)?.unwrap_or_default(), out)
-            }
-            Tokens::Wide(column) => {
-                let ids = shard.texts.items(column, range)?.unwrap_or_default();
-                out.iter_mut().zip(ids).for_each(|(out, id)| *out = T::of(*id));
-            }
+        match self.ids(span)? {
+            Ids::Narrow(ids) => simd::widen(ids, out),
+            Ids::Wide(ids) => simd::widen(ids, out),
         }
         Ok(())
+    }
+
+    /// [`Store::copy`] into a row of a rectangle at least as wide, with its mask; `pad` and zeros
+    /// behind the end.
+    #[inline]
+    pub fn copy_padded<T: TokenId, M: Flag>(
+        &self,
+        span: Span,
+        out: &mut [T],
+        mask: &mut [M],
+        pad: T,
+    ) -> Result<()> {
+        match self.ids(span)? {
+            Ids::Narrow(ids) => simd::pad(ids, out, mask, pad),
+            Ids::Wide(ids) => simd::pad(ids, out, mask, pad),
+        }
+        Ok(())
+    }
+
+    /// The tokens of a span in place, verified.
+    #[inline]
+    fn ids(&self, span: Span) -> Result<Ids<'_>> {
+        let Some(shard) = self.shards.get(span.shard as usize) else { return Ok(Ids::Wide(&[])) };
+        let range = span.start as usize..span.start as usize + span.len();
+        Ok(match shard.tokens {
+            Tokens::Narrow(c) => Ids::Narrow(shard.texts.items(c, range)?.unwrap_or_default()),
+            Tokens::Wide(c) => Ids::Wide(shard.texts.items(c, range)?.unwrap_or_default()),
+        })
     }
 
     /// Asks the system to bring the tokens of spans into memory, without waiting for them.

@@ -427,14 +427,17 @@ fn gathers_equal_the_naive_ones_on_random_rows() {
             let want: Vec<i32> = tokens.iter().map(|t| *t as i32).chain([-7; 5]).collect();
             assert_eq!((narrow, got), (want, cu));
 
-            let width = picked.iter().map(|r| r.len()).max().unwrap_or(0) + rng.below(3) as usize;
-            let (want, mask) = naive::pad(&picked, width, 9);
-            let (mut ids, mut got) =
-                (vec![-1_i64; n as usize * width], vec![5_u8; n as usize * width]);
-            store.gather_padded(&rows, width, &mut ids, &mut got, 9).unwrap();
+            // Buffers may be longer; what is behind the batch is left alone.
+            let width = picked.iter().map(|r| r.len()).max().unwrap_or(0);
+            let (mut want, mut mask) = naive::pad(&picked, width, 9);
+            let size = want.len() + rng.below(3) as usize;
+            want.resize(size, -1);
+            mask.resize(size, 5);
+            let (mut ids, mut got) = (vec![-1_i64; size], vec![5_u8; size]);
+            assert_eq!(store.gather_padded(&rows, &mut ids, &mut got, 9).unwrap(), width);
             assert_eq!((&ids, &got), (&want, &mask));
-            let mut wide = vec![5_i64; n as usize * width];
-            store.gather_padded(&rows, width, &mut ids, &mut wide, 9).unwrap();
+            let mut wide = vec![5_i64; size];
+            store.gather_padded(&rows, &mut ids, &mut wide, 9).unwrap();
             assert_eq!(wide, mask.iter().map(|m| i64::from(*m)).collect::<Vec<_>>());
         }
     }
@@ -462,11 +465,12 @@ fn gathers_check_rows_and_buffers() {
     says(store.gather(&[0, 1], &mut tokens[..3], &mut cu).map(drop), "tokens, the buffer 3");
     assert!(tokens.iter().all(|t| *t == -1));
     let len = store.lengths(&[5]).unwrap()[0] as usize;
-    let (mut ids, mut mask) = (vec![0_i64; len - 1], vec![0_u8; len - 1]);
-    let got = store.gather_padded(&[5], len - 1, &mut ids, &mut mask, 0);
-    says(got, &format!("row 5 has {len} tokens, the batch is {} wide", len - 1));
-    says(store.gather_padded(&[5], len, &mut ids, &mut mask, 0), "Pass buffers of rows x width");
-    says(store.gather_padded(&[5], 0, &mut ids[..0], &mut mask[..0], 0), "the batch is 0 wide");
+    let (mut ids, mut mask) = (vec![-1_i64; len - 1], vec![7_u8; len]);
+    let got = store.gather_padded(&[5], &mut ids, &mut mask, 0).map(drop);
+    says(got, &format!("1 rows of width {len} for buffers of {} and {len}", len - 1));
+    let got = store.gather_padded(&[5, 200], &mut ids, &mut mask, 0).map(drop);
+    says(got, "row 200 of a store with 200 rows");
+    assert!(ids.iter().all(|t| *t == -1) && mask.iter().all(|m| *m == 7));
     says(store.text(200).map(drop), "row 200");
     says(store.text_id(&[3, 200]).map(drop), "row 200");
 }

@@ -148,7 +148,7 @@ impl Batch {
         Ok(())
     }
 
-    fn fill_tokens<'a, T: TokenId + bytemuck::Pod>(
+    fn fill_tokens<'a, T: TokenId + From<bool> + bytemuck::Pod>(
         &self,
         store: &Store,
         form: Form,
@@ -162,16 +162,11 @@ impl Batch {
                 for span in
                     self.spans.get(micro.start..micro.start + micro.rows).unwrap_or_default()
                 {
-                    let (row, later) = tokens.split_at_mut(micro.longest);
-                    let (used, unused) = row.split_at_mut(span.len());
-                    store.copy(*span, used)?;
-                    unused.fill(pad);
+                    let (ids, later) = tokens.split_at_mut(micro.longest);
                     tokens = later;
-                    let (row, later) = mask.split_at_mut(micro.longest);
-                    let (used, unused) = row.split_at_mut(span.len());
-                    used.fill(T::of(1));
-                    unused.fill(T::of(0));
+                    let (flags, later) = mask.split_at_mut(micro.longest);
                     mask = later;
+                    store.copy_padded(*span, ids, flags, pad)?;
                 }
             }
             return Ok(());

@@ -246,7 +246,8 @@ impl Table {
     fn find_classes(&mut self) -> Result<()> {
         let m = self.query.len();
         let labels = self.file.items(self.label, 0..m)?.unwrap_or_default();
-        let classes = labels.iter().max().map_or(0, |l| usize::try_from(*l + 1).unwrap_or(0));
+        let largest = labels.iter().max().and_then(|l| usize::try_from(*l).ok());
+        let classes = largest.map_or(0, |l| l + 1); // as wide as memory: no overflow
         if classes > m {
             return Err(Error::corrupt(
                 self.file.path(),

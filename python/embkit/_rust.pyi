@@ -441,6 +441,52 @@ def micro_batches(lengths: _U32, budget: int, padded: bool = True) -> tuple[_U32
     Padded micro-batches are cut where padding plus a price per batch is least in sum.
     """
 
+# ---------------------------------------------------------------- stores out of stores
+
+def merge_rows(
+    stores: Sequence[tuple[_Path, int]],
+    form: _U8,
+    source: _U16,
+    max_length: Sequence[int],
+    progress: _Progress = None,
+) -> tuple[list[_U64], dict[str, Any]]:
+    """Rows of a merged store; every distinct (prompt, text) once, where it came first.
+
+    Args:
+        stores: directory and number of shards of each; rows count on from store to store.
+        form: which prompt stands before each row's text. source: its source in the merged list.
+        max_length: limit in tokens by role (query, passage, both).
+
+    Returns:
+        The merged row of each row, one array per store; and the columns ``row`` (whose tokens are
+        taken), ``text_id``, ``cluster``, ``role``, ``source`` of the merged rows, with
+        ``lengthened``, the rows of the first store that took longer tokens from another. Progress
+        counts rows.
+    """
+
+def compose_store(
+    out_dir: _Path,
+    stores: Sequence[tuple[_Path, int]],
+    row: _U64,
+    text_id: _U64,
+    cluster: _U64,
+    role: _U8,
+    source: _U16,
+    digest: str,
+    max_length: Sequence[int],
+    shard_bytes: int = 67108864,
+    progress: _Progress = None,
+) -> dict[str, int]:
+    """Write rows of stores as the shards of a new one into ``out_dir``.
+
+    Shards of the first store that stay as they are get linked; those that an earlier run with the
+    same ``digest`` has written and that verify are adopted. Progress counts rows.
+
+    Returns:
+        ``shards``, ``rows``, ``tokens``, ``truncated`` (rows as long as their limit), ``linked``
+        and ``adopted`` (rows).
+    """
+
 # ---------------------------------------------------------------- search
 
 def topk(

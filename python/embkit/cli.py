@@ -147,6 +147,54 @@ def tokenize(
     _done(out)
 
 
+stores = typer.Typer(help="Make stores out of stores.", no_args_is_help=True)
+app.add_typer(stores, name="store")
+
+
+@stores.command("merge")
+def store_merge(
+    inputs: Annotated[list[Path], typer.Argument(help="Stores, the first of which keeps rows.")],
+    out: Out,
+) -> None:
+    """Join stores that were tokenized alike; every text once, the first one's rows in place."""
+    from embkit import data
+
+    data.merge(inputs, out=out)
+    _done(out)
+
+
+@stores.command("append")
+def store_append(
+    store: Annotated[Path, typer.Argument(help="A store; its rows keep their numbers.")],
+    more: Annotated[list[str], typer.Argument(help="Record files, or one store.")],
+    out: Out,
+) -> None:
+    """Add records to a store, tokenized as it was."""
+    from embkit import data
+
+    data.append(store, more[0] if len(more) == 1 else more, out=out)
+    _done(out)
+
+
+@stores.command("subset")
+def store_subset(
+    store: Annotated[Path, typer.Argument(help="A store that `embkit tokenize` wrote.")],
+    out: Out,
+    task: Annotated[
+        list[str] | None, typer.Option("--task", help="Task to keep; repeatable. All by default.")
+    ] = None,
+    max_examples: Annotated[
+        int | None, typer.Option("--max-examples", help="At most so many per task.")
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Of the draw.")] = 0,
+) -> None:
+    """Keep some tasks or examples of a store, and the rows that they name."""
+    from embkit import data
+
+    data.subset(store, out=out, tasks=task, max_examples=max_examples, seed=seed)
+    _done(out)
+
+
 @app.command()
 def prefinetune(
     store: Annotated[Path, typer.Argument(help="A store that `embkit tokenize` wrote.")],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from embkit.data.batches import Batches
+from embkit.data.compose import append, merge, subset
 from embkit.data.dedup import dedup
 from embkit.data.export import to_datasets
 from embkit.data.loader import Store
@@ -16,8 +17,11 @@ __all__ = [
     "Records",
     "Store",
     "Texts",
+    "append",
     "dedup",
+    "merge",
     "read",
+    "subset",
     "to_datasets",
     "tokenize",
 ]

@@ -8,6 +8,7 @@
 #![allow(clippy::too_many_arguments)]
 
 mod arrays;
+mod compose;
 mod door;
 mod error;
 mod files;
@@ -45,6 +46,8 @@ fn _rust(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_class::<loader::Loader>()?;
     m.add_class::<loader::Batch>()?;
     m.add_function(wrap_pyfunction!(loader::micro_batches, m)?)?;
+    m.add_function(wrap_pyfunction!(compose::merge_rows, m)?)?;
+    m.add_function(wrap_pyfunction!(compose::compose_store, m)?)?;
     m.add_function(wrap_pyfunction!(search::topk, m)?)?;
     m.add_function(wrap_pyfunction!(search::filter_negatives, m)?)?;
     Ok(())

@@ -5,6 +5,7 @@
 //! * [`read`]: token shards as one table of rows,
 //! * [`plan`]: which examples are the batch of a step,
 //! * [`batch`]: a step's rows, keys and micro-batches, filled into one buffer,
+//! * [`compose`]: stores merged, or cut to some of their rows,
 //! * [`naive`]: the same results by the shortest code, for tests and benches.
 //!
 //! Nothing here knows Python or torch; `embkit-py` wraps these functions one to one.
@@ -13,6 +14,7 @@
 #![cfg_attr(not(test), warn(clippy::indexing_slicing, clippy::unwrap_used))]
 
 pub mod batch;
+pub mod compose;
 pub mod naive;
 pub mod plan;
 pub mod read;

@@ -1,0 +1,560 @@
+"""Stores merged, appended to and cut, against tokenising the joined records anew."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import textwrap
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from embkit import _rust, data, inspection
+from embkit.data import Store, compose, vocabulary
+from embkit.errors import CorruptError, UsageError
+
+from .conftest import CLASSES, RETRIEVAL, STS, lines
+from .test_records import files
+
+WORDS = [
+    "red",
+    "blue",
+    "green",
+    "one",
+    "two",
+    "three",
+    "cat",
+    "dog",
+    "bird",
+    "runs",
+    "sits",
+    "café",
+    "über",
+]
+LENGTHS: dict[str, Any] = {"max_length_query": 5, "max_length_passage": 9}
+PROMPTS = {"query": "query: ", "passage": "passage: "}
+SAME = {"query": "text: ", "passage": "text: "}
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("tokenizer")
+    corpus = [*WORDS, "query: passage: text:"] + [
+        json.dumps(r) for r in [*RETRIEVAL, *STS, *CLASSES]
+    ]
+    vocabulary.write(out, vocabulary.train_wordpiece(corpus, vocab_size=300), {})
+    return out
+
+
+def rows(store: Store) -> list[dict[str, Any]]:
+    """Every row with all that belongs to it, by name and not by number."""
+    everything = np.arange(store.rows, dtype=np.uint64)
+    lengths = store.lengths(everything)
+    flat = np.zeros(int(lengths.sum()), np.int32)
+    bounds = np.zeros(store.rows + 1, np.int32)
+    store.gather(everything, flat, bounds)
+    source = store.rows_store.source(everything)
+    return [
+        {
+            "text": text,
+            "ids": flat[a:b].tolist(),
+            "text_id": int(i),
+            "cluster": int(c),
+            "role": int(r),
+            "prompt_len": int(p),
+            "source": store.manifest["sources"][int(s)]["name"],
+        }
+        for text, a, b, i, c, r, p, s in zip(
+            store.texts(), bounds[:-1], bounds[1:], store.text_id(everything),
+            store.cluster(everything), store.role(everything), store.prompt_len(everything),
+            source, strict=True,
+        )
+    ]  # fmt: skip
+
+
+def examples(store: Store) -> dict[str, Any]:
+    """Every task with texts and ids in place of rows, names in place of labels and sources."""
+    row = [(r["text"], tuple(r["ids"])) for r in rows(store)]
+    out = {}
+    for task in store.manifest["tasks"]:
+        t = store.examples(task["name"])
+        p, n = t.positive_offsets.astype(int), t.negative_offsets.astype(int)
+        out[task["name"]] = {
+            "kind": task["kind"],
+            "sources": task["sources"],
+            "examples": [
+                (
+                    row[int(t.query[i])],
+                    [row[int(r)] for r in t.positive[p[i] : p[i + 1]]],
+                    [row[int(r)] for r in t.negative[n[i] : n[i + 1]]],
+                    [None if np.isnan(x) else x for x in t.negative_score[n[i] : n[i + 1]]],
+                    None if np.isnan(t.score[i]) else float(t.score[i]),
+                    t.labels[t.label[i]] if t.label[i] >= 0 else None,
+                    float(t.weight[i]),
+                    store.manifest["sources"][int(t.provenance[i])]["name"],
+                )
+                for i in range(len(t))
+            ],
+        }
+    return out
+
+
+def as_set(found: list[dict[str, Any]], *without: str) -> set[str]:
+    got = [json.dumps({k: v for k, v in r.items() if k not in without}) for r in found]
+    assert len(got) == len(set(got))
+    return set(got)
+
+
+def make(
+    folder: Path, tables: dict[str, list[dict[str, Any]]], tokenizer: Path, **how: Any
+) -> Store:
+    (folder / "in").mkdir(parents=True)
+    for name, table in tables.items():
+        (folder / "in" / f"{name}.jsonl").write_bytes(lines(table))
+    return data.tokenize(
+        data.read(folder / "in"), out=folder / "store", tokenizer=tokenizer, **LENGTHS, **how
+    )
+
+
+text = st.lists(st.sampled_from(WORDS), min_size=1, max_size=10).map(" ".join)
+short = st.sampled_from(WORDS)
+either = st.one_of(short, text)
+retrieval = st.fixed_dictionaries(
+    {"query": either, "positive": st.lists(either, min_size=1, max_size=2)},
+    optional={"negative": st.lists(either, min_size=1, max_size=2), "weight": st.just(0.5)},
+)
+sts = st.fixed_dictionaries(
+    {"sentence1": either, "sentence2": either, "score": st.sampled_from([0.0, 1.5])}
+)
+classes = st.fixed_dictionaries({"text": either, "label": st.sampled_from(["a", "b", "c"])})
+tables = st.fixed_dictionaries(
+    {"facts": st.lists(retrieval, min_size=1, max_size=4)},
+    optional={
+        "pairs": st.lists(sts, min_size=1, max_size=3),
+        "labels": st.lists(classes, min_size=1, max_size=3),
+    },
+)
+
+
+@pytest.mark.parametrize("prompts", [{}, PROMPTS, SAME], ids=["plain", "prompts", "one prompt"])
+@settings(
+    max_examples=200 if os.environ.get("EMBKIT_TEST_FULL") else 12,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(a=tables, b=tables)
+def test_merged_is_tokenised_together(
+    tokenizer: Path, prompts: dict[str, str], a: Any, b: Any
+) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        one = make(folder / "a", a, tokenizer, prompts=prompts)
+        two = make(folder / "b", b, tokenizer, prompts=prompts)
+        want = data.tokenize(
+            data.read([folder / "a" / "in", folder / "b" / "in"]),
+            out=folder / "want", tokenizer=tokenizer, prompts=prompts, **LENGTHS,
+        )  # fmt: skip
+        got = data.merge([one, two], out=folder / "got")
+        # With prompts a text has several rows, and the joined records know only its first source.
+        without = ("source",) if prompts else ()
+        assert as_set(rows(got), *without) == as_set(rows(want), *without)
+        assert examples(got) == examples(want)
+        assert [r["text_id"] for r in rows(got)[: one.rows]] == [r["text_id"] for r in rows(one)]
+        assert got.manifest["counts"]["examples"] == want.manifest["counts"]["examples"]
+        assert inspection.verify(got.path)[0] > 0
+
+
+def three(tmp_path: Path, tokenizer: Path, **how: Any) -> list[Store]:
+    """Stores that overlap, with one task in common."""
+    return [
+        make(tmp_path / "a", {"facts": RETRIEVAL, "reviews": CLASSES[:1]}, tokenizer, **how),
+        make(tmp_path / "b", {"facts": RETRIEVAL[1:2] * 2, "pairs": STS}, tokenizer, **how),
+        make(
+            tmp_path / "c",
+            {
+                "pairs": [
+                    {"sentence1": "a dog runs", "sentence2": "capital of france", "score": 1}
+                ],
+                "reviews": [*CLASSES, {"text": "so so", "label": "fair"}],
+            },
+            tokenizer,
+            **how,
+        ),
+    ]
+
+
+@pytest.mark.parametrize("prompts", [{}, PROMPTS], ids=["plain", "prompts"])
+def test_three_at_once_are_two_and_one(
+    tmp_path: Path, tokenizer: Path, prompts: dict[str, str]
+) -> None:
+    a, b, c = three(tmp_path, tokenizer, prompts=prompts)
+    want = data.merge([a, b, c], out=tmp_path / "abc")
+    left = data.merge([data.merge([a, b], out=tmp_path / "ab"), c], out=tmp_path / "ab_c")
+    right = data.merge([a, data.merge([b, c], out=tmp_path / "bc")], out=tmp_path / "a_bc")
+    for other in (left, right):
+        assert rows(other) == rows(want)
+        assert examples(other) == examples(want)
+        assert other.manifest["sources"] == want.manifest["sources"]
+    assert [s["name"] for s in want.manifest["sources"]] == [
+        "facts.jsonl", "reviews.jsonl", "facts.jsonl#2", "pairs.jsonl", "pairs.jsonl#2",
+        "reviews.jsonl#2",
+    ]  # fmt: skip
+    assert want.examples("reviews").labels == (
+        "bad",
+        "fair",
+        "good",
+    )  # the first's, then what others add
+
+
+def test_two_forms_of_one_text_are_one_row(tmp_path: Path, tokenizer: Path) -> None:
+    a = make(tmp_path / "a", {"t": [{"query": "café", "positive": "one"}]}, tokenizer)
+    b = make(tmp_path / "b", {"t": [{"query": "cafe\u0301", "positive": "two"}]}, tokenizer)
+    merged = data.merge([a, b], out=tmp_path / "ab")
+    assert sorted(merged.texts()) == sorted(["café", "one", "two"])
+    assert len(set(merged.examples("t").query.tolist())) == 1
+
+
+def test_labels_are_matched_by_name(tmp_path: Path, tokenizer: Path) -> None:
+    a = make(tmp_path / "a", {"t": [{"text": "x", "label": "zoo"}]}, tokenizer)
+    b = make(
+        tmp_path / "b",
+        {"t": [{"text": "y", "label": "ant"}, {"text": "z", "label": "zoo"}]},
+        tokenizer,
+    )
+    table = data.merge([a, b], out=tmp_path / "ab").examples("t")
+    assert table.labels == ("zoo", "ant")
+    assert table.label.tolist() == [0, 1, 0]
+
+
+def test_a_cut_text_that_is_used_both_ways_gets_its_longer_tokens(
+    tmp_path: Path, tokenizer: Path
+) -> None:
+    long = "one two three cat dog bird runs sits"
+    a = make(tmp_path / "a", {"t": [{"query": long, "positive": "red"}]}, tokenizer)
+    b = make(tmp_path / "b", {"t": [{"query": "blue", "positive": long}]}, tokenizer)
+    merged = data.merge([a, b], out=tmp_path / "ab")
+    row = int(a.examples("t").query[0])
+    assert rows(a)[row]["role"] == 0 and len(rows(a)[row]["ids"]) == 5
+    assert rows(merged)[row]["role"] == 2 and len(rows(merged)[row]["ids"]) == 9
+    assert merged.manifest["counts"]["lengthened"] == 1
+    other = data.merge([b, a], out=tmp_path / "ba")
+    assert other.manifest["counts"]["lengthened"] == 0
+    assert as_set(rows(other), "source") == as_set(rows(merged), "source")
+
+
+def test_clusters_that_share_a_text_become_one(tmp_path: Path, tokenizer: Path) -> None:
+    def store(name: str, texts: list[str], cluster_of: dict[str, str]) -> Store:
+        """A store whose dedup has said that a text is in another's cluster."""
+        table = [{"text": t, "label": "x"} for t in texts]
+        (tmp_path / f"{name}.jsonl").write_bytes(lines(table))
+        records = data.read(tmp_path / f"{name}.jsonl", task="t").save(tmp_path / f"{name}.records")
+        ids = {t: int(i) for t, i in zip(records.texts, records.texts.text_id, strict=True)}
+        cluster = np.array([ids[cluster_of.get(t, t)] for t in records.texts], np.uint64)
+        vars(records)["texts"] = data.Texts(
+            shards=records.texts.shards, text_id=records.texts.text_id, cluster=cluster
+        )
+        return data.tokenize(records, out=tmp_path / name, tokenizer=tokenizer, **LENGTHS)
+
+    a = store("a", ["one", "two", "three", "cat"], {"two": "one"})
+    b = store("b", ["dog", "two", "three", "bird"], {"two": "dog", "three": "dog"})
+    merged = data.merge([a, b], out=tmp_path / "ab")
+    found = {r["text"]: r["cluster"] for r in rows(merged)}
+    own = {r["text"]: r["text_id"] for r in rows(merged)}
+    assert {t for t in own if found[t] == own["one"]} == {"one", "two", "three", "dog"}
+    assert found["cat"] == own["cat"] and found["bird"] == own["bird"]
+
+
+# ---------------------------------------------------------------- append
+
+
+def test_append_takes_records_and_keeps_rows_and_shards(tmp_path: Path, tokenizer: Path) -> None:
+    first = make(tmp_path / "a", {"facts": RETRIEVAL}, tokenizer, prompts=PROMPTS)
+    (tmp_path / "more.jsonl").write_bytes(lines(STS))
+    out = data.append(first, tmp_path / "more.jsonl", out=tmp_path / "out")
+    assert rows(out)[: first.rows] == rows(first)
+    for column in ("query", "positive", "negative", "positive_offsets"):
+        np.testing.assert_array_equal(
+            getattr(out.examples("facts"), column), getattr(first.examples("facts"), column)
+        )
+    assert len(out.examples("more")) == len(STS)
+    again = data.append(first.path, tmp_path / "out.added", out=tmp_path / "again")
+    assert files(again.path) == files(out.path)
+    stamp = (out.path / "manifest.json").stat().st_mtime_ns
+    data.append(first, tmp_path / "more.jsonl", out=tmp_path / "out")
+    assert (out.path / "manifest.json").stat().st_mtime_ns == stamp
+
+
+@pytest.fixture
+def small_shards(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Shards of 64 bytes of tokens, when tokenising and when composing."""
+    for name in ("tokenize", "compose_store"):
+        whole = getattr(_rust, name)
+        monkeypatch.setattr(
+            _rust, name, lambda *a, _whole=whole, **k: _whole(*a, **{**k, "shard_bytes": 64})
+        )
+    yield
+
+
+def shards(store: Store) -> list[Path]:
+    return sorted(store.path.glob("texts-*"))
+
+
+def test_unchanged_shards_are_linked_and_changed_ones_keep_their_rows(
+    tmp_path: Path, tokenizer: Path, small_shards: None
+) -> None:
+    rng = np.random.default_rng(0)
+
+    def table(n: int) -> list[dict[str, str]]:
+        return [
+            {"query": f"{' '.join(rng.choice(WORDS, 3))} q{i}", "positive": f"cat dog {i} {n}"}
+            for i in range(n)
+        ]
+
+    old = table(60)
+    a = make(tmp_path / "a", {"t": old}, tokenizer)
+    # One query of the 20th example becomes a passage: its shard changes, the others do not.
+    b = make(
+        tmp_path / "b",
+        {"t": [*table(30), {"query": "new", "positive": old[20]["query"]}]},
+        tokenizer,
+    )
+    merged = data.merge([a, b], out=tmp_path / "ab")
+    before, after = shards(a), shards(merged)
+    assert len(before) > 10 and len(after) > len(before)
+    same = [x.samefile(y) for x, y in zip(before, after, strict=False)]
+    assert same.count(False) == 2 and not same[-1]  # the changed one, and the last, filled up
+    assert rows(merged)[: a.rows] != rows(a)
+    for got, want in zip(rows(merged), rows(a), strict=False):
+        assert {**got, "role": 0} == {**want, "role": 0} or want["text"] == old[20]["query"]
+    assert inspection.verify(merged.path)
+    shutil.rmtree(a.path)  # links, not references
+    assert len(rows(Store(merged.path, verify="open"))) == merged.rows
+
+
+# ---------------------------------------------------------------- subset
+
+
+def test_a_subset_of_everything_is_the_store(tmp_path: Path, tokenizer: Path) -> None:
+    whole = three(tmp_path, tokenizer)[0]
+    same = data.subset(whole, out=tmp_path / "same")
+    assert rows(same) == rows(whole) and examples(same) == examples(whole)
+    before, after = files(whole.path), files(same.path)
+    assert before.pop("manifest.json") != after.pop("manifest.json")
+    assert before == after
+    assert same.manifest["counts"] == whole.manifest["counts"]
+
+
+@settings(
+    max_examples=100 if os.environ.get("EMBKIT_TEST_FULL") else 15,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(table=tables, draw=st.data())
+def test_a_subset_is_its_examples_and_their_rows(
+    tokenizer: Path, table: Any, draw: st.DataObject
+) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        whole = make(Path(name), table, tokenizer, prompts=PROMPTS)
+        old = examples(whole)
+        mask = {
+            task: draw.draw(st.lists(st.booleans(), min_size=n, max_size=n))
+            for task, n in ((t["name"], t["examples"]) for t in whole.manifest["tasks"])
+        }
+        if not any(map(any, mask.values())):
+            mask["facts"][0] = True
+        part = data.subset(
+            whole, out=Path(name) / "part", examples={k: np.array(v) for k, v in mask.items()}
+        )
+        want = {
+            task: [e for e, keep in zip(old[task]["examples"], mask[task], strict=True) if keep]
+            for task in old
+            if any(mask[task])
+        }
+        got = examples(part)
+        assert {task: found["examples"] for task, found in got.items()} == want
+        named = {r for es in want.values() for e in es for r in (e[0], *e[1], *e[2])}
+        assert {(r["text"], tuple(r["ids"])) for r in rows(part)} == named
+        kept = [r for r in rows(whole) if r in rows(part)]
+        assert kept == rows(part)  # in the old order, unchanged
+        numbers = {k: np.flatnonzero(v)[::-1].tolist() for k, v in mask.items()}
+        other = data.subset(whole, out=Path(name) / "other", examples=numbers)
+        assert files(other.path) == files(part.path)
+
+
+def test_max_examples_draws_evenly_and_by_seed(tmp_path: Path, tokenizer: Path) -> None:
+    table = [{"text": f"text {i}", "label": "x"} for i in range(200)]
+    whole = make(tmp_path, {"t": table, "u": table[:5]}, tokenizer)
+
+    def drawn(name: str, **how: Any) -> list[int]:
+        part = data.subset(whole, out=tmp_path / name, **how)
+        texts = list(part.texts())
+        return [int(texts[int(q)].split()[1]) for q in part.examples("t").query]
+
+    one = drawn("one", max_examples=20)
+    assert one == sorted(one) and len(set(one)) == 20 and 60 < np.mean(one) < 140
+    assert one == drawn("same", max_examples={"t": 20})
+    assert one != drawn("other", max_examples=20, seed=1)
+    assert drawn("u", tasks=["t"], examples={"t": [3, 9]}, max_examples=5) == [3, 9]
+    assert Store(tmp_path / "u").task_names == ["t"]
+    assert len(Store(tmp_path / "one").examples("u")) == 5
+
+
+# ---------------------------------------------------------------- killed, and bad input
+
+
+@pytest.mark.promise
+def test_a_killed_merge_resumes_to_the_same_bytes(
+    tmp_path: Path, tokenizer: Path, small_shards: None
+) -> None:
+    long = [{"query": f"one {i}", "positive": f"two {i} {i + 1}"} for i in range(150)]
+    make(tmp_path / "a", {"t": long[:100]}, tokenizer)
+    make(tmp_path / "b", {"t": long[50:]}, tokenizer)
+    want = data.merge([tmp_path / "a" / "store", tmp_path / "b" / "store"], out=tmp_path / "want")
+    driver = textwrap.dedent(
+        """
+        import os, signal, sys, threading
+        from pathlib import Path
+        from embkit import _rust, data
+        from embkit.stage import Stage
+        folder, kill_at = Path(sys.argv[1]), int(sys.argv[2])
+        whole = _rust.compose_store
+        _rust.compose_store = lambda *a, **k: whole(*a, **{**k, "shard_bytes": 64})
+        def die(*_):
+            os.kill(os.getpid(), signal.SIGKILL)
+        def watch():
+            while len(list(folder.glob(".partial-got-*/texts-*"))) < kill_at:
+                pass
+            die()
+        if kill_at:
+            threading.Thread(target=watch, daemon=True).start()
+        else:
+            Stage.publish = die
+        data.merge([folder / "a" / "store", folder / "b" / "store"], out=folder / "got")
+        """
+    )
+    total, seen = len(shards(want)), []
+    for kill_at in (total // 3, 2 * total // 3, 0):  # twice in the work, once before publishing
+        done = subprocess.run(
+            [sys.executable, "-c", driver, str(tmp_path), str(kill_at)], check=False, timeout=60
+        )
+        assert done.returncode == -signal.SIGKILL
+        assert not (tmp_path / "got").exists()
+        seen.append(len(list(tmp_path.glob(".partial-got-*/texts-*"))))
+    assert total // 3 <= seen[0] < total and seen[2] == total
+    left = next(tmp_path.glob(".partial-got-*"))
+    for path in sorted(left.glob("texts-*"))[-3:]:  # one lost, one damaged, one of other work
+        raw = bytearray(path.read_bytes())
+        raw[-1] ^= 1
+        path.write_bytes(raw)
+    sorted(left.glob("raw-*"))[-5].unlink()
+    told: list[dict[str, int]] = []
+    whole: Callable[..., Any] = _rust.compose_store
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            _rust, "compose_store", lambda *a, **k: told.append(whole(*a, **k)) or told[-1]
+        )
+        got = data.merge([tmp_path / "a" / "store", tmp_path / "b" / "store"], out=tmp_path / "got")
+    assert files(got.path) == files(want.path)
+    assert 0 < told[0]["adopted"] < told[0]["rows"]
+
+
+def test_stores_that_do_not_fit_are_refused(tmp_path: Path, tokenizer: Path) -> None:
+    table = {"t": [{"query": "one", "positive": "two"}]}
+    first = make(tmp_path / "a", table, tokenizer)
+
+    def refused(match: str, other: Store) -> None:
+        with pytest.raises(UsageError, match=match):
+            data.merge([first, other], out=tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+    refused("prompts is", make(tmp_path / "b", table, tokenizer, prompts=PROMPTS))
+    shorter = {"max_length_query": 4, "max_length_passage": 9}
+    records = data.read(tmp_path / "a" / "in")
+    refused(
+        "max_length is",
+        data.tokenize(records, out=tmp_path / "c", tokenizer=tokenizer, **shorter),
+    )
+    refused("tokenizer is", data.tokenize(records, out=tmp_path / "d", vocab_size=60, **LENGTHS))
+    other_kind = make(tmp_path / "e", {"t": STS}, tokenizer)
+    refused("holds sts examples here and retrieval examples", other_kind)
+    with pytest.raises(UsageError, match="two stores or more"):
+        data.merge([first], out=tmp_path / "out")
+    with pytest.raises(UsageError, match="one of the inputs"):
+        data.append(first, other_kind, out=first.path)
+    with pytest.raises(CorruptError, match=r"embkit\.records, not embkit\.store"):
+        data.merge([first, tmp_path / "b" / "store.records"], out=tmp_path / "out")
+
+
+def test_wrong_subsets_are_refused(tmp_path: Path, tokenizer: Path) -> None:
+    whole = make(tmp_path, {"facts": RETRIEVAL, "pairs": STS}, tokenizer)
+    wrong: list[tuple[str, dict[str, Any]]] = [
+        ("did you mean 'facts'", {"tasks": ["fact"]}),
+        ("did you mean 'pairs'", {"max_examples": {"pair": 1}}),
+        (r"shape \(3,\), the task 4", {"examples": {"facts": [True, False, True]}}),
+        ("names example 4", {"examples": {"facts": [0, 4]}}),
+        ("names example -1", {"examples": {"facts": [-1]}}),
+        ("twice", {"examples": {"facts": [1, 1]}}),
+        ("neither a bool mask", {"examples": {"facts": [0.5]}}),
+        ("No example is left", {"tasks": []}),
+        ("leaves nothing", {"max_examples": 0}),
+        ("one of the inputs", {"out": whole.path}),
+    ]
+    for match, how in wrong:
+        with pytest.raises(UsageError, match=match):
+            data.subset(whole, **{"out": tmp_path / "out", **how})
+    assert not (tmp_path / "out").exists()
+
+
+def test_damage_in_an_input_is_found(tmp_path: Path, tokenizer: Path, small_shards: None) -> None:
+    table = [{"query": f"one {i}", "positive": f"two {i}"} for i in range(40)]
+    a = make(tmp_path / "a", {"t": table[:20]}, tokenizer)
+    b = make(tmp_path / "b", {"t": table[20:]}, tokenizer)
+    path = shards(b)[0]
+    raw = bytearray(path.read_bytes())
+    raw[4096 + 8 * 30] ^= 1
+    path.write_bytes(raw)
+    with pytest.raises(CorruptError, match="do not match their checksum"):
+        data.merge([a, b], out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_names_of_sources_count_on(tmp_path: Path) -> None:
+    class Fake:
+        def __init__(self, *names: str) -> None:
+            self.manifest = {"sources": [{"name": n} for n in names]}
+
+    stores: Any = [Fake("x", "x#2", "y"), Fake("x", "y#7"), Fake("x#2")]
+    merged, numbers = compose._sources(stores)
+    assert [s["name"] for s in merged] == ["x", "x#2", "y", "x#3", "y#7", "x#4"]
+    assert [n.tolist() for n in numbers] == [[0, 1, 2], [3, 4], [5]]
+
+
+def test_the_verbs(tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from typer.testing import CliRunner
+
+    from embkit.cli import app
+
+    make(tmp_path / "a", {"facts": RETRIEVAL}, tokenizer)
+    make(tmp_path / "b", {"pairs": STS}, tokenizer)
+    monkeypatch.chdir(tmp_path)
+    for words in (
+        "store merge a/store b/store --out ab",
+        "store append a/store b/in/pairs.jsonl --out more",
+        "store subset ab --out part --task facts --max-examples 2",
+    ):
+        done = CliRunner().invoke(app, words.split(), catch_exceptions=False)
+        assert done.exit_code == 0, done.output
+    assert examples(Store("more")) == examples(Store("ab"))
+    assert Store("part").manifest["counts"]["examples"] == 2

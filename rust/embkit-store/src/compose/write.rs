@@ -1,7 +1,7 @@
 //! Rows of stores as the shards of a new one, one shard in memory at a time.
 
 use std::collections::BTreeMap;
-use std::fs::{self, File};
+use std::fs;
 use std::path::{Path, PathBuf};
 
 use embkit_core::container::{self, Container, Tensor, Verify};
@@ -294,22 +294,17 @@ impl Writer<'_> {
     /// Gives every file its final name and removes shards that do not belong to the set.
     fn finish(&self) -> Result<()> {
         let of = self.report.shards;
-        for index in 0..of {
-            for stem in STEMS {
-                let (from, to) = (name(stem, index, None), name(stem, index, Some(of)));
-                let (from, to) = (self.dir.join(from), self.dir.join(to));
-                // Two links of one file: a rename would do nothing and leave both names.
-                let _ = fs::remove_file(&to);
-                fs::rename(&from, &to).map_err(|e| Error::io(&from, e))?;
-            }
+        let mut renames = Vec::new();
+        for (index, stem) in (0..of).flat_map(|i| STEMS.map(|stem| (i, stem))) {
+            let to = self.dir.join(name(stem, index, Some(of)));
+            // Two links of one file: a rename would do nothing and leave both names.
+            let _ = fs::remove_file(&to);
+            renames.push((self.dir.join(name(stem, index, None)), to));
         }
-        for (stem, index, path) in list(self.dir)? {
-            if path != self.dir.join(name(stem, index, Some(of))) || index >= of {
-                fs::remove_file(&path).map_err(|e| Error::io(&path, e))?;
-            }
-        }
-        let dir = File::open(self.dir).map_err(|e| Error::io(self.dir, e))?;
-        dir.sync_all().map_err(|e| Error::io(self.dir, e))
+        let belongs = |path: &PathBuf| renames.iter().any(|(from, _)| from == path);
+        let rest = list(self.dir)?.into_iter().map(|(_, _, path)| path);
+        let rest: Vec<PathBuf> = rest.filter(|path| !belongs(path)).collect();
+        publish::settle(self.dir, &renames, &rest)
     }
 }
 

@@ -135,9 +135,18 @@ class RecordsBuilder:
 
     Args:
         max_line: longest line in bytes; longer ones are rejected rows.
+        dir: where texts go as they come, to ``raw-*.safetensors`` of at most ``text_bytes`` of
+            text; those of an unfinished run are removed first. None keeps the texts in memory.
+        threads: that parse.
     """
 
-    def __new__(cls, max_line: int = 67108864) -> RecordsBuilder: ...
+    def __new__(
+        cls,
+        max_line: int = 67108864,
+        dir: _Path | None = None,
+        text_bytes: int = 67108864,
+        threads: int = 0,
+    ) -> RecordsBuilder: ...
     def add_jsonl(
         self, path: _Path, source: str, task: str, kind: str = "auto", progress: _Progress = None
     ) -> None:
@@ -158,12 +167,27 @@ class RecordsBuilder:
     ) -> None:
         """Read whole lines of plain jsonl; the same source again continues it."""
 
+    def add_arrow(
+        self,
+        data: Any,
+        source: str,
+        task: str,
+        kind: str = "auto",
+        progress: _Progress = None,
+    ) -> None:
+        """Read the rows of Arrow data; the same source again continues it.
+
+        ``data`` has ``__arrow_c_stream__``: a pyarrow table, batch or reader. Columns, kinds and
+        faults are those of jsonl: nulls are absent, texts that are not UTF-8 reject their row.
+        """
+
     def finish(self) -> dict[str, Any]:
         """Everything read. The builder is used up.
 
         Returns:
-            ``text`` u8, ``text_offsets`` u64 [n + 1], ``text_id`` u64 [n]: the distinct texts in
-            order of first appearance; ``labels``: class names per task;
+            ``texts``: number of distinct texts, numbered in order of first appearance; ``shards``:
+            number of raw shards in ``dir``, or 0 and the texts themselves in ``text`` u8,
+            ``text_offsets`` u64 [n + 1], ``text_id`` u64 [n]; ``labels``: class names per task;
             ``examples``: per source ``source, task, kind`` and the columns ``line`` u64 [m],
             ``query`` u64 [m], ``positive_offsets`` u64 [m + 1], ``positive`` u64,
             ``negative_offsets``, ``negative``, ``negative_score`` f32, ``score`` f32 (NaN: none),

@@ -83,11 +83,7 @@ def stage(
     Raises:
         UsageError: ``out`` exists and is not an embkit output, or a parameter is no JSON type.
     """
-    if "://" in str(out):  # before Path, which would make one slash of the two
-        raise UsageError(
-            "Outputs are local directories.", where=out, fix="write locally, then copy it away"
-        )
-    out = Path(out)
+    out = local(out)
     if out.exists() and not (out / "manifest.json").is_file() and any(out.iterdir()):
         raise UsageError(
             "The output directory exists and was not written by embkit.",
@@ -132,6 +128,19 @@ def stage(
         yield work
     finally:
         os.close(lock)
+
+
+def local(out: Path | str) -> Path:
+    """The path of an output.
+
+    Raises:
+        UsageError: a remote address.
+    """
+    if "://" in str(out):  # before Path, which would make one slash of the two
+        raise UsageError(
+            "Outputs are local directories.", where=out, fix="write locally, then copy it away"
+        )
+    return Path(out)
 
 
 def partial_dir(out: Path, digest: str) -> Path:

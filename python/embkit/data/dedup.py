@@ -117,7 +117,7 @@ def _run(records: Records, evaluation: list[Path], work: Any, params: dict[str, 
     texts = Texts(shards=texts.shards, text_id=texts.text_id, cluster=cluster)
     texts, tables = compact(texts, tables)
     report["texts"]["after"] = len(texts)
-    write_records(work.dir, texts, tables, records.manifest["sources"], report, work=work)
+    write_records(work, texts, tables, records.manifest["sources"], report)
 
 
 def compact(texts: Texts, tables: dict[str, Examples]) -> tuple[Texts, dict[str, Examples]]:

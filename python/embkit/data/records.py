@@ -7,7 +7,9 @@ publishes distinct texts plus one examples table per task.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +22,7 @@ from embkit.data import sources as src
 from embkit.data.tables import Examples, Texts, concatenate, from_builder
 from embkit.errors import CorruptError, UsageError
 from embkit.progress import bar
-from embkit.stage import stage
+from embkit.stage import local, stage
 
 KIND = "embkit.records"
 _COLUMNS_HINT = (
@@ -101,59 +103,87 @@ class Records:
         """
         if self.path is not None:
             raise UsageError("These records are already saved.", where=self.path)
-        memory = [s for s in self.sources if s.form == "memory"]
         params: dict[str, Any] = {
             "sources": src.describe(self.sources),
             "max_rejected": self.max_rejected,
         }
-        parsed = None
-        if memory:  # nothing on disk to digest: what was parsed is the identity
-            parsed, params["memory"] = self._parse()
         files = [s.path for s in self.sources if s.path is not None]
-        with stage(
-            out, name="records", params=params, inputs=files, kind=KIND, fresh=fresh
-        ) as work:
-            if not work.done:
-                write_records(work.dir, *self._tables(parsed or self._parse()[0]), work=work)
+        with self._in_memory(out) as parsed:
+            if parsed is not None:  # nothing on disk to digest: what was parsed is the identity
+                params["memory"] = parsed.digest()
+            with stage(
+                out, name="records", params=params, inputs=files, kind=KIND, fresh=fresh
+            ) as work:
+                if not work.done:
+                    parsed = self._parse(work.dir) if parsed is None else parsed.move(work.dir)
+                    self._publish(parsed.content, work)
         return Records.open(out)
 
-    def _parse(self) -> tuple[dict[str, Any], str]:
-        """Run every source through Rust; also a digest of what came from memory."""
-        builder = _rust.RecordsBuilder()
-        digest = b""
+    @contextmanager
+    def _in_memory(self, out: Path | str) -> Iterator[_Parsed | None]:
+        """What a dataset in memory holds, parsed beside ``out``: only then its digest is known."""
+        if all(s.form != "memory" for s in self.sources):
+            yield None
+            return
+        local(out)
+        Path(out).parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(_rust.temp_path(str(out)))  # a name that is swept when we are killed
+        folder.mkdir()
+        try:
+            yield self._parse(folder)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
-        def seen(block: bytes) -> None:
-            nonlocal digest
-            digest = (digest.decode() + _rust.blake3(block)).encode()
-            digest = _rust.blake3(digest).encode()
-
+    def _parse(self, directory: Path) -> _Parsed:
+        """Run every source through Rust; the texts go to raw shards in ``directory``."""
+        builder = _rust.RecordsBuilder(dir=str(directory))
         sizes = [_size(s) for s in self.sources]
         with bar("Read", total=sum(sizes) / 1e6 or None, unit="MB") as progress:
             for source, size in zip(self.sources, sizes, strict=True):
-                src.feed(source, builder, seen=seen if source.form == "memory" else None)
+                src.feed(source, builder)
                 progress.advance(size / 1e6, file=source.name)
-            return builder.finish(), digest.decode()
+            return _Parsed(directory, builder.finish())
 
-    def _tables(
-        self, parsed: Mapping[str, Any]
-    ) -> tuple[Texts, dict[str, Examples], list[dict[str, str]], dict[str, Any]]:
-        """Check the rejected rows and join the sources of each task."""
-        report = _report(self.sources, parsed["rejected"])
+    def _publish(self, content: Mapping[str, Any], work: Any) -> None:
+        """Check the rejected rows, join the sources of each task, write and publish."""
+        report = _report(self.sources, content["rejected"])
         for source, entry in zip(self.sources, report["sources"], strict=True):
             _judge(source, entry, self.max_rejected)
-        labels = dict(parsed["labels"])
+        labels = dict(content["labels"])
         by_task: dict[str, list[Examples]] = {}
-        for i, part in enumerate(parsed["examples"]):
+        for i, part in enumerate(content["examples"]):
             table = from_builder(part, provenance=i, labels=labels.get(part["task"], ()))
             by_task.setdefault(table.name, []).append(table)
-        text_id = parsed["text_id"].astype(np.uint64)
-        texts = Texts(
-            shards=[(parsed["text"], parsed["text_offsets"].astype(np.uint64))],
-            text_id=text_id,
-            cluster=text_id.copy(),
-        )
         tables = {name: concatenate(parts) for name, parts in by_task.items()}
-        return texts, tables, src.describe(self.sources), report
+        sources = src.describe(self.sources)
+        publish_records(work, int(content["texts"]), tables, sources, report)
+
+
+@dataclass(frozen=True)
+class _Parsed:
+    """What the builder has found, its raw shards in ``directory``."""
+
+    directory: Path
+    content: dict[str, Any]
+
+    def digest(self) -> str:
+        """BLAKE3 over texts, examples and rejected rows, whatever form they were read from."""
+        parts: list[Any] = [_rust.blake3_file(str(p)) for p in sorted(self.directory.iterdir())]
+        for table in self.content["examples"]:
+            parts += [
+                value if isinstance(value, str) else _rust.blake3(value.tobytes())
+                for value in table.values()
+            ]
+        parts += [self.content["labels"], self.content["rejected"]]
+        return _rust.blake3(json.dumps(parts, sort_keys=True).encode())
+
+    def move(self, directory: Path) -> _Parsed:
+        """The same with its shards in another directory."""
+        for stale in directory.glob("raw-*"):
+            stale.unlink()
+        for path in self.directory.iterdir():
+            path.replace(directory / path.name)
+        return _Parsed(directory, self.content)
 
 
 def read(
@@ -192,19 +222,33 @@ def as_directory(records: Any, beside: Path | str) -> Records:
 
 
 def write_records(
-    directory: Path,
+    work: Any,
     texts: Texts,
     tables: Mapping[str, Examples],
     sources: list[dict[str, str]],
     report: Mapping[str, Any],
-    *,
-    work: Any,
 ) -> None:
-    """Write and publish a records directory; used by ``read`` and ``dedup`` alike."""
-    texts.save(directory)
+    """Write and publish a records directory."""
+    texts.save(work.dir)
+    publish_records(work, len(texts), tables, sources, report)
+
+
+def publish_records(
+    work: Any,
+    texts: int,
+    tables: Mapping[str, Examples],
+    sources: list[dict[str, str]],
+    report: Mapping[str, Any],
+) -> None:
+    """Publish a records directory whose raw shards are there already.
+
+    Args:
+        work: the stage.
+        texts: number of texts.
+    """
     tasks = []
     for i, (name, table) in enumerate(tables.items()):
-        table.save(directory, index=i)
+        table.save(work.dir, index=i)
         tasks.append(
             {
                 "name": name,
@@ -215,8 +259,8 @@ def write_records(
             }
         )
     text = json.dumps(report, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
-    (directory / "report.json").write_text(text + "\n", encoding="utf-8")
-    counts = {"texts": len(texts), "examples": sum(len(t) for t in tables.values())}
+    (work.dir / "report.json").write_text(text + "\n", encoding="utf-8")
+    counts = {"texts": texts, "examples": sum(len(t) for t in tables.values())}
     work.publish({"tasks": tasks, "sources": sources, "counts": counts})
 
 

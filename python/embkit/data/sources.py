@@ -1,15 +1,15 @@
 """Where records come from: files, folders, globs, Parquet, Hugging Face datasets, BEIR folders.
 
-Python finds the files and lets pyarrow decode Parquet and Arrow; the records themselves are parsed
-and validated in Rust (``RecordsBuilder``), the JSON lines of a file directly, everything else
-handed over as JSON lines in batches.
+Python finds the files and lets pyarrow decode Parquet and datasets; the records themselves are
+parsed and validated in Rust (``RecordsBuilder``). JSON lines are read there, Arrow batches handed
+over as they are; only rows that exist as Python dicts become JSON lines on the way.
 """
 
 from __future__ import annotations
 
 import glob
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from embkit.errors import CorruptError, UsageError, nearest
 
 JSONL = (".jsonl", ".jsonl.zst", ".jsonl.gz", ".ndjson", ".ndjson.zst", ".ndjson.gz")
 SUFFIXES = (*JSONL, ".parquet")
-_BATCH = 2048  # rows handed to Rust at once
+_BATCH = 8192  # rows handed to Rust at once
 
 
 @dataclass(frozen=True)
@@ -83,24 +83,25 @@ def stem(path: Path) -> str:
     return path.stem
 
 
-def feed(source: Source, builder: Any, *, seen: Callable[[bytes], None] | None = None) -> None:
+def feed(source: Source, builder: Any) -> None:
     """Give all records of a source to a ``RecordsBuilder``.
-
-    Args:
-        seen: called with every batch of JSON lines that did not come from a JSONL file.
 
     Raises:
         CorruptError: no rows at all, or a file that cannot be decoded.
     """
+    where = (source.name, source.task, source.kind)
     if source.form == "jsonl":
-        builder.add_jsonl(str(source.path), source.name, source.task, source.kind)
+        builder.add_jsonl(str(source.path), *where)
         return
     empty = True
-    for block in _blocks(source):
+    for batch in _batches(source):
+        if isinstance(batch, bytes):
+            builder.add_lines(batch, *where)
+        elif batch.num_rows:
+            builder.add_arrow(batch, *where)
+        else:
+            continue
         empty = False
-        if seen is not None:
-            seen(block)
-        builder.add_lines(block, source.name, source.task, source.kind)
     if empty:
         raise CorruptError(
             "The source has no rows.",
@@ -184,41 +185,31 @@ def beir_file(folder: Path, name: str) -> Path | None:
     return None
 
 
-# ---------------------------------------------------------------- decoding to JSON lines
+# ---------------------------------------------------------------- decoding
 
 
-def _blocks(source: Source) -> Iterator[bytes]:
-    rows: Iterable[bytes]
+def _batches(source: Source) -> Iterator[Any]:
+    """Arrow tables or batches, or blocks of JSON lines, in the order of the rows."""
     if source.form == "parquet":
-        rows = _parquet(Path(str(source.path)))
-    elif source.form == "beir":
-        rows = _beir(Path(str(source.path)))
-    else:
-        dataset = source.dataset
-        if source.form == "saved":
-            from datasets import load_from_disk
+        return _parquet(Path(str(source.path)))
+    if source.form == "beir":
+        return _lines(_beir(Path(str(source.path))))
+    dataset = source.dataset
+    if source.form == "saved":
+        from datasets import load_from_disk
 
-            dataset = load_from_disk(str(source.path))
-            dataset = dataset["train"] if isinstance(dataset, dict) else dataset
-        rows = _dataset(dataset)
-    batch: list[bytes] = []
-    for row in rows:
-        batch.append(row)
-        if len(batch) == _BATCH:
-            yield b"\n".join(batch) + b"\n"
-            batch = []
-    if batch:
-        yield b"\n".join(batch) + b"\n"
+        dataset = load_from_disk(str(source.path))
+        dataset = dataset["train"] if isinstance(dataset, dict) else dataset
+    return _arrow(dataset) if _has_arrow(dataset) else _lines(_dicts(dataset))
 
 
-def _parquet(path: Path) -> Iterator[bytes]:
+def _parquet(path: Path) -> Iterator[Any]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         with pq.ParquetFile(path, memory_map=True) as file:
-            for batch in file.iter_batches(batch_size=_BATCH):
-                yield from _record_batch(batch)
+            yield from file.iter_batches(batch_size=_BATCH)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
         if isinstance(error, (FileNotFoundError, PermissionError)):
             raise
@@ -229,33 +220,56 @@ def _parquet(path: Path) -> Iterator[bytes]:
         ) from error
 
 
-def _record_batch(batch: Any) -> Iterator[bytes]:
-    try:
-        yield from (_line(row) for row in batch.to_pylist())
-    except UnicodeDecodeError:  # find the bad rows; Rust rejects and counts them
-        for i in range(batch.num_rows):
-            try:
-                line = _line(batch.slice(i, 1).to_pylist()[0])
-            except UnicodeDecodeError:
-                line = b'{"text": "\xff"}'
-            yield line
+def _has_arrow(dataset: Any) -> bool:
+    """Whether a dataset holds Arrow tables, not rows that Python code makes one by one."""
+    if not hasattr(dataset, "with_format"):
+        return False
+    stream = getattr(dataset, "_ex_iterable", None)  # of a datasets.IterableDataset only
+    return stream is None or getattr(stream, "iter_arrow", None) is not None
 
 
-def _dataset(dataset: Any) -> Iterator[bytes]:
-    names = {
-        column: feature
-        for column, feature in (getattr(dataset, "features", None) or {}).items()
-        if hasattr(feature, "int2str")  # class labels are stored as numbers
-    }
+def _arrow(dataset: Any) -> Iterator[Any]:
+    features = getattr(dataset, "features", None) or {}
+    named = {column: f for column, f in features.items() if hasattr(f, "int2str")}
+    for table in dataset.with_format("arrow").iter(batch_size=_BATCH):
+        for column, feature in named.items():
+            at = table.column_names.index(column)
+            table = table.set_column(at, column, _class_names(table.column(column), feature.names))
+        table.validate()  # cheap, and Rust trusts the outer offsets
+        yield table
+
+
+def _class_names(column: Any, names: list[str]) -> Any:
+    """Class labels, stored as numbers, by name; what is no class (-1) stays a number."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    known = pc.if_else(pc.greater_equal(column, 0), column, None)
+    return pc.coalesce(pc.take(pa.array(names, pa.string()), known), pc.cast(column, pa.string()))
+
+
+def _lines(rows: Iterable[dict[str, Any]]) -> Iterator[bytes]:
+    """Blocks of JSON lines."""
+    batch: list[bytes] = []
+    for row in rows:
+        batch.append(_line(row))
+        if len(batch) == _BATCH:
+            yield b"".join(batch)
+            batch = []
+    if batch:
+        yield b"".join(batch)
+
+
+def _dicts(dataset: Any) -> Iterator[dict[str, Any]]:
+    features = getattr(dataset, "features", None) or {}
+    names = {column: f for column, f in features.items() if hasattr(f, "int2str")}
     for row in dataset:
         if not isinstance(row, dict):
             raise UsageError(
                 f"A row is a {type(row).__name__}, not a dict of columns.",
                 fix="give a datasets.Dataset or an iterable of dicts",
             )
-        if names:
-            row = {k: _label(names[k], v) if k in names else v for k, v in row.items()}
-        yield _line(row)
+        yield {k: _label(names[k], v) if k in names else v for k, v in row.items()}
 
 
 def _label(feature: Any, value: Any) -> Any:
@@ -265,10 +279,11 @@ def _label(feature: Any, value: Any) -> Any:
 def _line(row: dict[str, Any]) -> bytes:
     """One JSON line; columns without a value are left out, unknown types become text."""
     kept = {k: v for k, v in row.items() if v is not None}
-    return json.dumps(kept, ensure_ascii=False, default=str).encode("utf-8", "surrogateescape")
+    text = json.dumps(kept, ensure_ascii=False, default=str)
+    return text.encode("utf-8", "surrogateescape") + b"\n"
 
 
-def _beir(folder: Path) -> Iterator[bytes]:
+def _beir(folder: Path) -> Iterator[dict[str, Any]]:
     corpus = {str(d["_id"]): d for d in read_jsonl(_must(folder, "corpus"))}
     queries = {str(q["_id"]): q["text"] for q in read_jsonl(_must(folder, "queries"))}
     positives: dict[str, list[str]] = {}
@@ -277,7 +292,7 @@ def _beir(folder: Path) -> Iterator[bytes]:
         if score > 0 and query in queries and document in corpus:
             positives.setdefault(query, []).append(joined(corpus[document]))
     for query, texts in positives.items():
-        yield _line({"query": queries[query], "positive": texts})
+        yield {"query": queries[query], "positive": texts}
 
 
 def _must(folder: Path, name: str) -> Path:

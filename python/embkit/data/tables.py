@@ -22,7 +22,7 @@ Array = NDArray[Any]
 Shard = tuple[Array, Array]  # text U8 [bytes], offsets U64 [n+1]
 
 KINDS = ("retrieval", "sts", "classification")
-_SHARD_BYTES = 128 << 20  # of text; a published file stays below 256 MiB
+_SHARD_BYTES = 64 << 20  # of text; a published file stays below 256 MiB
 _PER_EXAMPLE = ("query", "score", "label", "weight", "provenance")
 
 
@@ -219,21 +219,13 @@ _COLUMNS = tuple(f.name for f in fields(Examples) if f.name not in ("name", "kin
 
 def from_builder(part: dict[str, Any], *, provenance: int, labels: Sequence[str] = ()) -> Examples:
     """Make a table of one source of ``_rust.RecordsBuilder.finish()``."""
-    m = len(part["query"])
+    columns = {name: part[name] for name in _COLUMNS if name != "provenance"}
     return Examples(
         name=part["task"],
         kind=part["kind"],
-        query=part["query"].astype(np.uint64),
-        positive_offsets=part["positive_offsets"].astype(np.uint64),
-        positive=part["positive"].astype(np.uint64),
-        negative_offsets=part["negative_offsets"].astype(np.uint64),
-        negative=part["negative"].astype(np.uint64),
-        negative_score=part["negative_score"].astype(np.float32),
-        score=part["score"].astype(np.float32),
-        label=part["label"].astype(np.int32),
-        weight=part["weight"].astype(np.float32),
-        provenance=np.full(m, provenance, np.uint32),
+        provenance=np.full(len(part["query"]), provenance, np.uint32),
         labels=tuple(labels),
+        **columns,
     )
 
 

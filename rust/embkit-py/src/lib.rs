@@ -8,6 +8,7 @@
 #![allow(clippy::too_many_arguments)]
 
 mod arrays;
+mod arrow;
 mod compose;
 mod door;
 mod error;

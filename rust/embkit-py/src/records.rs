@@ -1,8 +1,10 @@
-//! `RecordsBuilder`: jsonl in, distinct texts and example tables out.
+//! `RecordsBuilder`: jsonl and Arrow in, distinct texts and example tables out.
 
 use crate::arrays::array;
-use crate::door::long;
+use crate::arrow;
+use crate::door::{long, short};
 use crate::error::usage;
+use embkit_core::Error;
 use embkit_store::records::{self, Examples, Input, Kind, Records, SourceReport};
 use pyo3::prelude::*;
 use pyo3::pybacked::PyBackedBytes;
@@ -10,7 +12,7 @@ use pyo3::types::{PyDict, PyList};
 use std::path::PathBuf;
 
 // Written out in the signature below, where Python can show it.
-const _: () = assert!(records::MAX_LINE == 67108864);
+const _: () = assert!(records::MAX_LINE == 67108864 && records::TEXT_BYTES == 67108864);
 
 /// Collects records from sources, then gives texts and examples as arrays.
 #[pyclass]
@@ -21,9 +23,21 @@ pub(crate) struct RecordsBuilder {
 #[pymethods]
 impl RecordsBuilder {
     #[new]
-    #[pyo3(signature = (max_line=67108864))]
-    fn new(max_line: usize) -> RecordsBuilder {
-        RecordsBuilder { inner: Some(records::RecordsBuilder::new(max_line)) }
+    #[pyo3(signature = (max_line=67108864, dir=None, text_bytes=67108864, threads=0))]
+    fn new(
+        py: Python,
+        max_line: usize,
+        dir: Option<PathBuf>,
+        text_bytes: u64,
+        threads: usize,
+    ) -> PyResult<RecordsBuilder> {
+        let inner = match dir {
+            None => records::RecordsBuilder::new(max_line),
+            Some(dir) => short(py, || {
+                records::RecordsBuilder::in_directory(&dir, max_line, text_bytes, threads)
+            })?,
+        };
+        Ok(RecordsBuilder { inner: Some(inner) })
     }
 
     /// Read one .jsonl, .jsonl.zst or .jsonl.gz file as a new source.
@@ -58,13 +72,43 @@ impl RecordsBuilder {
         long(py, progress, |job| inner.add_lines(job, &data, Input { source, task, kind }))
     }
 
+    /// Read the rows of Arrow data; the same source again continues it.
+    #[pyo3(signature = (data, source, task, kind="auto", progress=None))]
+    fn add_arrow(
+        &mut self,
+        py: Python,
+        data: &Bound<'_, PyAny>,
+        source: &str,
+        task: &str,
+        kind: &str,
+        progress: Option<&Bound<'_, PyAny>>,
+    ) -> PyResult<()> {
+        let kind = parse_kind(py, kind)?;
+        let stream = arrow::stream(data)?;
+        let inner = self.open(py)?;
+        long(py, progress, |job| {
+            for batch in stream {
+                let batch = batch.map_err(|e| {
+                    Error::usage(
+                        format!("the Arrow stream of {source:?} broke off: {e}"),
+                        "Check what feeds it",
+                    )
+                })?;
+                inner.add_batch(job, &batch, Input { source, task, kind })?;
+            }
+            Ok(())
+        })
+    }
+
     /// Everything read, as a dict of arrays. The builder is used up.
     fn finish<'py>(&mut self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
         self.open(py)?;
         let Some(inner) = self.inner.take() else { return Ok(PyDict::new(py)) };
-        let Records { text, text_offsets, text_id, examples, labels, reports } =
-            py.detach(|| inner.finish());
+        let Records { texts, shards, text, text_offsets, text_id, examples, labels, reports } =
+            short(py, || inner.finish())?;
         let out = PyDict::new(py);
+        out.set_item("texts", texts)?;
+        out.set_item("shards", shards)?;
         out.set_item("text", array(py, text))?;
         out.set_item("text_offsets", array(py, text_offsets))?;
         out.set_item("text_id", array(py, text_id))?;

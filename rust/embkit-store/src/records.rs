@@ -1,71 +1,61 @@
 //! Raw records in, distinct texts and examples out.
 //!
-//! Reads jsonl, plain or packed by zstd or gzip, line by line in bounded memory. What is wrong with
-//! a row is counted and sampled ([`SourceReport`]); what is wrong with a file is an error, and a
-//! file that fails leaves no trace in the builder. Texts are numbered in order of first appearance,
-//! so the result depends on the order of the files and on nothing else.
+//! Reads jsonl, plain or packed by zstd or gzip, and Arrow batches. Rows are parsed on all threads,
+//! a block at a time, and taken over in their order. Texts go to shards on disk as they come
+//! ([`RecordsBuilder::in_directory`]), so memory holds about 32 bytes per distinct text and the
+//! example columns. What is wrong with a row is counted and sampled ([`SourceReport`]); what is
+//! wrong with a file is an error, and a file that fails leaves no trace in the builder. Texts are
+//! numbered in order of first appearance, so the result depends on the order of the files and on
+//! nothing else.
 //!
 //! Oddity: lines of only whitespace are not rows: files often end in one.
 
+mod arrow;
 mod columns;
 mod faults;
 mod intern;
+mod json;
 mod lines;
+mod rows;
+mod shards;
+mod table;
+mod value;
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 
-use embkit_core::{Error, Job, Result};
+use arrow_array::RecordBatch;
+use embkit_core::{Error, Job, Result, par};
 
 pub use columns::Kind;
-use columns::{ACCEPTED, Example, Row, names};
+use columns::{ACCEPTED, Parsed};
 pub use faults::{EXCERPT_CHARS, RowFault, SAMPLES_PER_REASON, Sample, SourceReport};
 use intern::Texts;
 pub use intern::{identity, nfc};
-use lines::{Line, Lines, empty};
+use lines::{Lines, empty};
+use rows::{BatchRows, Rows};
+use shards::Shards;
+pub use shards::TEXT_BYTES;
+pub use table::Examples;
 
 /// Default limit of one line, in bytes.
 pub const MAX_LINE: usize = 64 << 20;
 /// Rows without a kept one after which a file is said to have the wrong columns.
 const WRONG_COLUMN_ROWS: u64 = 64;
+/// Bytes of lines, and rows of them, that the threads parse together and one at a time.
+const BLOCK_BYTES: usize = 4 << 20;
+const BLOCK_ROWS: usize = 64;
 /// Column names listed in the error about wrong columns.
 const NAMES_SHOWN: usize = 24;
-
-/// The examples of one source, as columns. Values of `query`, `positive` and `negative` are rows of
-/// [`Records::text`]. The jagged columns have offsets (one more than examples) and values.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Examples {
-    /// Name of the source, unique in a [`RecordsBuilder`].
-    pub source: String,
-    /// Task that the source feeds; several sources may feed one.
-    pub task: String,
-    /// What the rows train.
-    pub kind: Kind,
-    /// Line of each example in its file, from 1.
-    pub line: Vec<u64>,
-    /// The query (retrieval), the first sentence (sts) or the text (classification).
-    pub query: Vec<u64>,
-    /// Offsets into `positive`.
-    pub positive_offsets: Vec<u64>,
-    /// The positives (retrieval), the second sentence (sts) or nothing (classification).
-    pub positive: Vec<u64>,
-    /// Offsets into `negative` and `negative_score`.
-    pub negative_offsets: Vec<u64>,
-    /// The given hard negatives.
-    pub negative: Vec<u64>,
-    /// Score of each negative, NaN where none was given.
-    pub negative_score: Vec<f32>,
-    /// Similarity (sts) or score of the first positive, NaN where none was given.
-    pub score: Vec<f32>,
-    /// Class as an index into [`Records::labels`] of the task, -1 for the other kinds.
-    pub label: Vec<i32>,
-    /// Weight, 1 where none was given.
-    pub weight: Vec<f32>,
-}
 
 /// What [`RecordsBuilder::finish`] returns.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Records {
+    /// Number of distinct texts.
+    pub texts: u64,
+    /// Raw shards written; 0 when the texts are in the three fields that follow, which are empty
+    /// otherwise.
+    pub shards: usize,
     /// The distinct texts, one after the other, as given.
     pub text: Vec<u8>,
     /// Offsets into `text`, one more than texts.
@@ -94,14 +84,34 @@ pub struct Input<'a> {
 /// Collects records from files; see the module.
 pub struct RecordsBuilder {
     max_line: usize,
+    threads: usize,
     texts: Texts,
-    examples: Vec<Examples>,
-    reports: Vec<SourceReport>,
-    /// Lines read of each source, so that a source given in pieces counts on.
-    lines: Vec<u64>,
+    sources: Vec<Source>,
     /// Class names in order of appearance, while `Examples::label` holds their index here.
     labels: Vec<String>,
     label_rows: HashMap<String, i32>,
+}
+
+/// What was read of one source.
+struct Source {
+    examples: Examples,
+    report: SourceReport,
+    /// Lines read, so that a source given in pieces counts on.
+    lines: u64,
+    /// Rows whose columns are not those of the source's kind, and the columns of the first.
+    unmatched: u64,
+    found: Vec<String>,
+}
+
+/// The part of a source that is being read, in tables of its own.
+struct Piece<'a> {
+    path: &'a Path,
+    input: Input<'a>,
+    kind: Option<Kind>,
+    /// Rows that the source had before, and whether one was kept.
+    read_before: u64,
+    kept_before: bool,
+    part: Source,
 }
 
 impl Default for RecordsBuilder {
@@ -111,14 +121,29 @@ impl Default for RecordsBuilder {
 }
 
 impl RecordsBuilder {
-    /// An empty builder; lines over `max_line` bytes are rejected.
+    /// An empty builder that keeps all texts in memory; lines over `max_line` bytes are rejected.
     pub fn new(max_line: usize) -> Self {
+        Self::with(Shards::in_memory(), max_line, 0)
+    }
+
+    /// An empty builder that writes texts to raw shards of at most `text_bytes` in `dir` (which
+    /// must exist) as they come, and parses on `threads` threads (0 for [`par::threads`]). Raw
+    /// shards that an unfinished run has left there are removed. Errors: `Io`.
+    pub fn in_directory(
+        dir: &Path,
+        max_line: usize,
+        text_bytes: u64,
+        threads: usize,
+    ) -> Result<Self> {
+        Ok(Self::with(Shards::in_directory(dir, text_bytes)?, max_line, threads))
+    }
+
+    fn with(shards: Shards, max_line: usize, threads: usize) -> Self {
         Self {
             max_line,
-            texts: Texts::default(),
-            examples: Vec::new(),
-            reports: Vec::new(),
-            lines: Vec::new(),
+            threads,
+            texts: Texts::new(shards),
+            sources: Vec::new(),
             labels: Vec::new(),
             label_rows: HashMap::new(),
         }
@@ -130,140 +155,169 @@ impl RecordsBuilder {
     /// damaged or has none of the known columns, `Usage` for a source name used before or a task
     /// that already has another kind. After an error the builder is as it was.
     pub fn add_jsonl(&mut self, job: &Job, path: &Path, input: Input) -> Result<()> {
-        if self.examples.iter().any(|e| e.source == input.source) {
+        if self.sources.iter().any(|s| s.examples.source == input.source) {
             return Err(Error::usage(
                 format!("the source name {:?} is used twice", input.source),
                 "Give each file its own source name",
             ));
         }
         let lines = Lines::open(path, self.max_line)?;
-        self.add(job, lines, path, input)
+        self.add(path, input, |builder, piece| {
+            builder.read_lines(job, lines, piece)?;
+            match piece.part.unmatched == piece.part.report.read {
+                true => Err(piece.wrong_columns()),
+                false => Ok(()),
+            }
+        })
     }
 
     /// Reads rows from plain jsonl in memory. Called again with the same source and task it
     /// continues that source, so that a stream can be handed over in pieces of whole lines.
-    /// Errors: as [`Self::add_jsonl`].
+    /// Errors: as [`Self::add_jsonl`], except that wrong columns are an error only after
+    /// some tens of rows: fewer may be followed by others.
     pub fn add_lines(&mut self, job: &Job, bytes: &[u8], input: Input) -> Result<()> {
         let path = Path::new(input.source);
         let lines = Lines::of_bytes(bytes, path, self.max_line)?;
-        self.add(job, lines, path, input)
+        self.add(path, input, |builder, piece| builder.read_lines(job, lines, piece))
     }
 
-    fn add(&mut self, job: &Job, lines: Lines, path: &Path, input: Input) -> Result<()> {
+    /// Reads the rows of an Arrow batch, as [`Self::add_lines`] reads lines: the same columns, kinds
+    /// and faults as in jsonl. Nulls are absent; texts may be strings of any Arrow type, bytes that
+    /// are UTF-8, or dictionaries of them. A row's texts may have `max_line` bytes.
+    pub fn add_batch(&mut self, job: &Job, batch: &RecordBatch, input: Input) -> Result<()> {
+        let most = self.max_line;
+        self.add(Path::new(input.source), input, |builder, piece| {
+            let rows = BatchRows::new(batch, piece.part.lines, most);
+            piece.part.lines += rows.len() as u64;
+            builder.take(job, &rows, piece)
+        })
+    }
+
+    /// Reads a piece of a source and joins it to the others; after an error nothing of it is left.
+    fn add(
+        &mut self,
+        path: &Path,
+        input: Input,
+        read: impl FnOnce(&mut Self, &mut Piece) -> Result<()>,
+    ) -> Result<()> {
         let (texts, labels) = (self.texts.len(), self.labels.len());
-        let result = self.read(job, lines, path, input);
+        let result = self.begin(path, input).and_then(|mut piece| {
+            read(self, &mut piece)?;
+            self.join(piece)
+        });
         if result.is_err() {
-            self.texts.truncate(texts);
             for name in self.labels.drain(labels..) {
                 self.label_rows.remove(&name);
             }
+            self.texts.truncate(texts)?;
         }
         result
     }
 
-    /// Reads all lines into a table of its own and joins it to the others at the end.
-    fn read(&mut self, job: &Job, mut lines: Lines, path: &Path, input: Input) -> Result<()> {
-        let earlier = self.examples.iter().position(|e| e.source == input.source);
-        if let Some(e) = earlier.and_then(|i| self.examples.get(i))
-            && e.task != input.task
+    fn begin<'a>(&self, path: &'a Path, input: Input<'a>) -> Result<Piece<'a>> {
+        let earlier = self.sources.iter().find(|s| s.examples.source == input.source);
+        if let Some(s) = earlier
+            && s.examples.task != input.task
         {
             return Err(Error::usage(
-                format!("source {:?} feeds task {:?} already", e.source, e.task),
+                format!("source {:?} feeds task {:?} already", input.source, s.examples.task),
                 format!("Give the rows for task {:?} a source name of their own", input.task),
             ));
         }
-        // A source without a single kept row has no say in what its task is.
-        let of_task = self.examples.iter().find(|e| e.task == input.task && !e.query.is_empty());
-        let of_task = of_task.map(|e| e.kind);
-        let mut kind = input.kind.or(earlier.and(of_task));
-        let first_line = earlier.and_then(|i| self.lines.get(i)).copied().unwrap_or(0);
-        let mut table = Examples::new(input, kind.unwrap_or(Kind::Retrieval));
-        let mut report = SourceReport {
-            source: input.source.into(),
-            task: input.task.into(),
-            ..SourceReport::default()
-        };
-        // Objects whose columns are not those of the file's kind, and the columns of the first.
-        let (mut unmatched, mut found) = (0, Vec::new());
-
-        while let Some((number, line)) = lines.next(job)? {
-            let number = first_line + number;
-            let line = match line {
-                Line::Whole(line) => line,
-                Line::TooLong(head) => {
-                    report.reject(number, RowFault::LineTooLong, head);
-                    continue;
-                }
-            };
-            if line.trim_ascii().is_empty() {
-                continue;
-            }
-            job.advance(1);
-            let mut patched = String::new();
-            let parsed = Row::parse(line, &mut patched).and_then(|row| {
-                let of_row = kind.or_else(|| row.kind());
-                let example = row.example(of_row.unwrap_or(row.nearest_kind()))?;
-                Ok((of_row, example, row.extra))
-            });
-            match parsed {
-                Ok((of_row, example, extra)) => {
-                    kind = of_row;
-                    self.push(&mut table, number, example);
-                    report.keep(&extra);
-                }
-                Err(fault) => {
-                    report.reject(number, fault, line);
-                    if matches!(fault, RowFault::MissingColumn(_) | RowFault::MixedKind) {
-                        unmatched += 1;
-                        if unmatched == 1 && report.kept == 0 {
-                            found = names(line);
-                        }
-                    }
-                    // Only wrong columns so far: do not read gigabytes to say so at the end.
-                    if unmatched == WRONG_COLUMN_ROWS && unmatched == report.read {
-                        return Err(wrong_columns(path, found, input.kind));
-                    }
-                }
-            }
-        }
-        if report.read == 0 {
-            return Err(empty(path));
-        }
-        if unmatched == report.read {
-            return Err(wrong_columns(path, found, input.kind));
-        }
-        let lines = first_line + lines.number();
-        let Some(found) = kind.or(of_task) else {
-            // Every row is faulty: the report says how, and the caller's limit decides.
-            return self.join(earlier, table, report, lines);
-        };
-        table.kind = found;
-        if let Some(other) = of_task
-            && other != found
-        {
-            return Err(Error::usage(
-                format!(
-                    "{}: holds {} rows, but task {:?} has {} rows from another source",
-                    path.display(),
-                    found.as_str(),
-                    input.task,
-                    other.as_str()
-                ),
-                "Give each kind of rows its own task name",
-            ));
-        }
-        self.join(earlier, table, report, lines)
+        let kind = input.kind.or(earlier.and(self.kind_of(input.task)));
+        Ok(Piece {
+            path,
+            input,
+            kind,
+            read_before: earlier.map_or(0, |s| s.report.read),
+            kept_before: earlier.is_some_and(|s| s.report.kept > 0),
+            part: Source {
+                examples: Examples::new(input, kind.unwrap_or(Kind::Retrieval)),
+                report: SourceReport {
+                    source: input.source.into(),
+                    task: input.task.into(),
+                    ..SourceReport::default()
+                },
+                lines: earlier.map_or(0, |s| s.lines),
+                unmatched: earlier.map_or(0, |s| s.unmatched),
+                found: earlier.map_or_else(Vec::new, |s| s.found.clone()),
+            },
+        })
     }
 
-    fn push(&mut self, table: &mut Examples, line: u64, example: Example) {
+    /// The kind of a task's rows. A source without a single kept row has no say in it.
+    fn kind_of(&self, task: &str) -> Option<Kind> {
+        let of_task = |s: &&Source| s.examples.task == task && !s.examples.query.is_empty();
+        self.sources.iter().find(of_task).map(|s| s.examples.kind)
+    }
+
+    fn read_lines(&mut self, job: &Job, mut lines: Lines, piece: &mut Piece) -> Result<()> {
+        let first = piece.part.lines;
+        loop {
+            let block = lines.block(job, BLOCK_BYTES)?;
+            if block.len() == 0 {
+                break;
+            }
+            self.take(job, &(first, block), piece)?;
+        }
+        piece.part.lines = first + lines.number();
+        match piece.part.report.read {
+            0 => Err(empty(piece.path)),
+            _ => Ok(()),
+        }
+    }
+
+    /// Parses rows on all threads and takes them over in their order.
+    fn take(&mut self, job: &Job, rows: &impl Rows, piece: &mut Piece) -> Result<()> {
+        let mut at = 0;
+        while at < rows.len() {
+            // The first row that has a kind decides how all others are read.
+            let n = if piece.kind.is_some() { rows.len() - at } else { 1 };
+            let kind = piece.kind;
+            let parsed = par::try_map_blocks(n, BLOCK_ROWS, self.threads, |range| {
+                job.check()?;
+                Ok(range.map(|i| rows.parse(at + i, kind)).collect::<Vec<_>>())
+            })?;
+            for (i, row) in (at..).zip(parsed.into_iter().flatten()) {
+                let Some(row) = row else { continue };
+                job.advance(1);
+                match row {
+                    Ok(row) => {
+                        piece.kind = row.kind;
+                        piece.part.report.keep(&row.extra);
+                        self.push(&mut piece.part.examples, rows.number(i), row)?;
+                    }
+                    Err(fault) => {
+                        piece.reject(rows, i, fault);
+                        // Only wrong columns so far: do not read gigabytes to say so at the end.
+                        if piece.part.unmatched == WRONG_COLUMN_ROWS
+                            && piece.part.unmatched == piece.read_before + piece.part.report.read
+                        {
+                            return Err(piece.wrong_columns());
+                        }
+                    }
+                }
+            }
+            at += n;
+        }
+        Ok(())
+    }
+
+    fn push(&mut self, table: &mut Examples, line: u64, row: Parsed) -> Result<()> {
+        let mut keys = row.keys.into_iter();
+        let mut intern = |text: &str| match keys.next() {
+            Some(key) => self.texts.intern(key, text),
+            None => self.texts.intern(identity(text), text),
+        };
+        let example = row.example;
         table.line.push(line);
-        table.query.push(self.texts.intern(&example.query));
+        table.query.push(intern(&example.query)?);
         for text in &example.positive {
-            table.positive.push(self.texts.intern(text));
+            table.positive.push(intern(text)?);
         }
         table.positive_offsets.push(table.positive.len() as u64);
         for text in &example.negative {
-            table.negative.push(self.texts.intern(text));
+            table.negative.push(intern(text)?);
         }
         table.negative_offsets.push(table.negative.len() as u64);
         table.negative_score.extend_from_slice(&example.negative_score);
@@ -271,6 +325,7 @@ impl RecordsBuilder {
         table.score.push(example.score);
         table.weight.push(example.weight);
         table.label.push(example.label.map_or(-1, |name| self.label(name)));
+        Ok(())
     }
 
     fn label(&mut self, name: String) -> i32 {
@@ -284,34 +339,43 @@ impl RecordsBuilder {
         id
     }
 
-    fn join(
-        &mut self,
-        at: Option<usize>,
-        table: Examples,
-        report: SourceReport,
-        lines: u64,
-    ) -> Result<()> {
-        let Some(at) = at else {
-            self.examples.push(table);
-            self.reports.push(report);
-            self.lines.push(lines);
-            return Ok(());
-        };
-        if let Some(examples) = self.examples.get_mut(at) {
-            examples.append(table);
+    fn join(&mut self, piece: Piece) -> Result<()> {
+        let of_task = self.kind_of(piece.input.task);
+        let mut part = piece.part;
+        // Without a kind every row is faulty: the report says how, the caller's limit decides.
+        part.examples.kind = piece.kind.or(of_task).unwrap_or(part.examples.kind);
+        if let (Some(found), Some(other)) = (piece.kind, of_task)
+            && other != found
+        {
+            return Err(Error::usage(
+                format!(
+                    "{}: holds {} rows, but task {:?} has {} rows from another source",
+                    piece.path.display(),
+                    found.as_str(),
+                    piece.input.task,
+                    other.as_str()
+                ),
+                "Give each kind of rows its own task name",
+            ));
         }
-        if let Some(total) = self.reports.get_mut(at) {
-            total.append(report);
-        }
-        if let Some(seen) = self.lines.get_mut(at) {
-            *seen = lines;
+        match self.sources.iter_mut().find(|s| s.examples.source == piece.input.source) {
+            Some(there) => {
+                there.examples.append(part.examples);
+                there.report.append(part.report);
+                (there.lines, there.unmatched, there.found) =
+                    (part.lines, part.unmatched, part.found);
+            }
+            None => self.sources.push(part),
         }
         Ok(())
     }
 
-    /// The texts and examples of everything read.
-    pub fn finish(self) -> Records {
-        let mut examples = self.examples;
+    /// The texts and examples of everything read. Errors: `Io` when the last shard cannot be
+    /// written.
+    pub fn finish(self) -> Result<Records> {
+        let texts = self.texts.len() as u64;
+        let (mut examples, reports): (Vec<_>, Vec<_>) =
+            self.sources.into_iter().map(|s| (s.examples, s.report)).unzip();
         let mut labels: BTreeMap<String, Vec<String>> = BTreeMap::new();
         for table in examples.iter().filter(|t| t.kind == Kind::Classification) {
             let names = labels.entry(table.task.clone()).or_default();
@@ -330,66 +394,45 @@ impl RecordsBuilder {
                 *id = name.and_then(|n| dense.get(n.as_str())).copied().unwrap_or(-1);
             }
         }
-        let (text, text_offsets, text_id) = self.texts.finish();
-        Records { text, text_offsets, text_id, examples, labels, reports: self.reports }
+        let held = self.texts.shards.finish()?;
+        Ok(Records {
+            texts,
+            shards: held.shards,
+            text: held.text,
+            text_offsets: held.offsets,
+            text_id: held.text_id,
+            examples,
+            labels,
+            reports,
+        })
     }
 }
 
-impl Examples {
-    fn new(input: Input, kind: Kind) -> Self {
-        Self {
-            source: input.source.into(),
-            task: input.task.into(),
-            kind,
-            line: Vec::new(),
-            query: Vec::new(),
-            positive_offsets: vec![0],
-            positive: Vec::new(),
-            negative_offsets: vec![0],
-            negative: Vec::new(),
-            negative_score: Vec::new(),
-            score: Vec::new(),
-            label: Vec::new(),
-            weight: Vec::new(),
-        }
-    }
-
-    fn append(&mut self, more: Self) {
-        if self.query.is_empty() {
-            self.kind = more.kind;
-        }
-        let shift = |into: &mut Vec<u64>, offsets: &[u64], base: u64| {
-            into.extend(offsets.iter().skip(1).map(|o| o + base));
-        };
-        shift(&mut self.positive_offsets, &more.positive_offsets, self.positive.len() as u64);
-        shift(&mut self.negative_offsets, &more.negative_offsets, self.negative.len() as u64);
-        self.line.extend(more.line);
-        self.query.extend(more.query);
-        self.positive.extend(more.positive);
-        self.negative.extend(more.negative);
-        self.negative_score.extend(more.negative_score);
-        self.score.extend(more.score);
-        self.label.extend(more.label);
-        self.weight.extend(more.weight);
-    }
-}
-
-impl SourceReport {
-    fn append(&mut self, more: Self) {
-        for sample in more.samples {
-            let before = self.samples.iter().filter(|s| s.reason == sample.reason).count();
-            if before < SAMPLES_PER_REASON {
-                self.samples.push(sample);
+impl Piece<'_> {
+    fn reject(&mut self, rows: &impl Rows, i: usize, fault: RowFault) {
+        self.part.report.reject(rows.number(i), fault, &rows.excerpt(i));
+        if matches!(fault, RowFault::MissingColumn(_) | RowFault::MixedKind) {
+            self.part.unmatched += 1;
+            if self.part.unmatched == 1 && self.part.report.kept == 0 && !self.kept_before {
+                self.part.found = rows.names(i);
             }
         }
-        self.read += more.read;
-        self.kept += more.kept;
-        self.rejected += more.rejected;
-        for (reason, n) in more.reasons {
-            *self.reasons.entry(reason).or_insert(0) += n;
+    }
+
+    fn wrong_columns(&self) -> Error {
+        let found = &self.part.found;
+        let shown = found.iter().take(NAMES_SHOWN).map(String::as_str).collect::<Vec<_>>();
+        let mut what = format!("wrong columns: found {}", shown.join(", "));
+        if found.len() > NAMES_SHOWN {
+            what += &format!(" and {} more", found.len() - NAMES_SHOWN);
         }
-        for (name, n) in more.extra_columns {
-            *self.extra_columns.entry(name).or_insert(0) += n;
+        if let Some(kind) = self.input.kind {
+            what += &format!(", which are not those of {} rows", kind.as_str());
+        }
+        Error::Corrupt {
+            path: self.path.to_path_buf(),
+            what,
+            fix: format!("Rename the columns. Accepted are {ACCEPTED}"),
         }
     }
 }
@@ -406,21 +449,4 @@ fn sort_labels(names: &mut Vec<String>) {
         None => names.sort_unstable(),
     }
     names.dedup();
-}
-
-fn wrong_columns(path: &Path, mut found: Vec<String>, kind: Option<Kind>) -> Error {
-    let more = found.len().saturating_sub(NAMES_SHOWN);
-    found.truncate(NAMES_SHOWN);
-    let mut what = format!("wrong columns: found {}", found.join(", "));
-    if more > 0 {
-        what += &format!(" and {more} more");
-    }
-    if let Some(kind) = kind {
-        what += &format!(", which are not those of {} rows", kind.as_str());
-    }
-    Error::Corrupt {
-        path: path.to_path_buf(),
-        what,
-        fix: format!("Rename the columns. Accepted are {ACCEPTED}"),
-    }
 }

@@ -19,7 +19,7 @@ fn lines(text: &str) -> Records {
 fn limited(bytes: &[u8], max_line: usize) -> Records {
     let mut builder = RecordsBuilder::new(max_line);
     builder.add_lines(&Job::new(), bytes, input("s", None)).unwrap();
-    builder.finish()
+    builder.finish().unwrap()
 }
 
 fn text(records: &Records, row: u64) -> &str {
@@ -162,7 +162,7 @@ fn labels_are_dense_by_name_and_task() {
     add(&mut b, "a", "words", &["\"zoo\"", "\"bar\"", "\"zoo\""]);
     add(&mut b, "b", "numbers", &["10", "2", "2.0", "0"]);
     add(&mut b, "c", "words", &["\"foo\"", "7"]);
-    let r = b.finish();
+    let r = b.finish().unwrap();
     assert_eq!(r.labels["words"], ["7", "bar", "foo", "zoo"]);
     assert_eq!(r.labels["numbers"], ["0", "2", "10"]);
     assert_eq!(r.examples[0].label, [3, 1, 3]);
@@ -230,7 +230,7 @@ fn many(rows: usize) -> Vec<u8> {
 fn read(path: &Path) -> Result<Records, Error> {
     let mut b = RecordsBuilder::default();
     b.add_jsonl(&Job::new(), path, input("s", None))?;
-    Ok(b.finish())
+    b.finish()
 }
 
 #[test]
@@ -326,7 +326,7 @@ fn the_given_kind_and_task_are_kept_to() {
     let sts = b"{\"sentence1\":\"a\",\"sentence2\":\"b\",\"score\":1}";
     let other = b.add_lines(&job, sts, Input { source: "b", task: "t", kind: None });
     assert!(matches!(other, Err(Error::Usage { .. })));
-    assert_eq!(b.finish().examples.len(), 1);
+    assert_eq!(b.finish().unwrap().examples.len(), 1);
 }
 
 #[test]
@@ -344,7 +344,7 @@ fn a_broken_file_leaves_no_trace() {
     for b in [&mut with, &mut without] {
         b.add_lines(&job, class, input("b", None)).unwrap();
     }
-    assert_eq!(format!("{:?}", with.finish()), format!("{:?}", without.finish()));
+    assert_eq!(format!("{:?}", with.finish().unwrap()), format!("{:?}", without.finish().unwrap()));
 }
 
 #[test]
@@ -360,7 +360,7 @@ fn pieces_of_a_stream_are_one_source() {
         // A piece of only faulty rows neither fails nor decides the kind.
         two.add_lines(&job, piece, input("s", None)).unwrap();
     }
-    assert_eq!(format!("{:?}", one.finish()), format!("{:?}", two.finish()));
+    assert_eq!(format!("{:?}", one.finish().unwrap()), format!("{:?}", two.finish().unwrap()));
 }
 
 #[test]

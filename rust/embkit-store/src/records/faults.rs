@@ -101,6 +101,25 @@ impl SourceReport {
         }
     }
 
+    /// Adds what was counted in a later piece of the source.
+    pub(crate) fn append(&mut self, more: Self) {
+        for sample in more.samples {
+            let before = self.samples.iter().filter(|s| s.reason == sample.reason).count();
+            if before < SAMPLES_PER_REASON {
+                self.samples.push(sample);
+            }
+        }
+        self.read += more.read;
+        self.kept += more.kept;
+        self.rejected += more.rejected;
+        for (reason, n) in more.reasons {
+            *self.reasons.entry(reason).or_insert(0) += n;
+        }
+        for (name, n) in more.extra_columns {
+            *self.extra_columns.entry(name).or_insert(0) += n;
+        }
+    }
+
     /// Counts a kept row and the columns of it that were ignored.
     pub(crate) fn keep(&mut self, extra: &[Cow<'_, str>]) {
         self.read += 1;

@@ -2,14 +2,16 @@
 //!
 //! Two texts are one when their NFC forms are equal; the form that came first is the one stored.
 //! The table is keyed by the full 128-bit hash of the NFC form, so two texts are merged only when
-//! all 128 bits agree, while the `text_id` column holds the low 64 of them.
+//! all 128 bits agree, while the `text_id` column holds the low 64 of them. It costs about 32 bytes
+//! a text; the texts themselves go to shards ([`super::shards`]).
 
 use std::borrow::Cow;
-use std::collections::HashMap;
-use std::hash::{BuildHasherDefault, Hasher};
 
-use embkit_core::hash128;
+use embkit_core::{Result, hash128};
+use hashbrown::HashTable;
 use unicode_normalization::{IsNormalized, UnicodeNormalization, is_nfc_quick};
+
+use super::shards::Shards;
 
 /// The identity of a text: the 128-bit hash of its NFC form.
 pub fn identity(text: &str) -> u128 {
@@ -25,46 +27,31 @@ pub fn nfc(text: &str) -> Cow<'_, str> {
     }
 }
 
-/// The keys are hashes already: a second hash over them would only cost time.
-#[derive(Default)]
-struct LowBits(u64);
-
-impl Hasher for LowBits {
-    fn finish(&self) -> u64 {
-        self.0
-    }
-
-    fn write(&mut self, _: &[u8]) {
-        unreachable!("keys are u128")
-    }
-
-    fn write_u128(&mut self, key: u128) {
-        self.0 = key as u64;
-    }
-}
-
 /// Distinct texts in order of first appearance.
-#[derive(Default)]
 pub(crate) struct Texts {
-    pub(crate) bytes: Vec<u8>,
-    /// End of each text in `bytes`.
-    ends: Vec<u64>,
     keys: Vec<u128>,
-    rows: HashMap<u128, u64, BuildHasherDefault<LowBits>>,
+    /// Rows by key; the keys are hashes already, so their low bits serve as the table's.
+    rows: HashTable<u64>,
+    pub(crate) shards: Shards,
 }
 
 impl Texts {
-    /// The row of a text, which is added when it is new.
-    pub(crate) fn intern(&mut self, text: &str) -> u64 {
-        let key = identity(text);
-        let next = self.keys.len() as u64;
-        let row = *self.rows.entry(key).or_insert(next);
-        if row == next {
-            self.bytes.extend_from_slice(text.as_bytes());
-            self.ends.push(self.bytes.len() as u64);
-            self.keys.push(key);
+    pub(crate) fn new(shards: Shards) -> Self {
+        Self { keys: Vec::new(), rows: HashTable::new(), shards }
+    }
+
+    /// The row of a text with this [`identity`], which is added when it is new.
+    /// Errors: `Io` when a shard is full and cannot be written.
+    pub(crate) fn intern(&mut self, key: u128, text: &str) -> Result<u64> {
+        let known = |row: &u64| self.keys.get(*row as usize).copied().unwrap_or(0);
+        if let Some(row) = self.rows.find(key as u64, |row| known(row) == key) {
+            return Ok(*row);
         }
-        row
+        let row = self.keys.len() as u64;
+        self.rows.insert_unique(key as u64, row, |row| known(row) as u64);
+        self.keys.push(key);
+        self.shards.push(text.as_bytes(), key as u64)?;
+        Ok(row)
     }
 
     /// Number of distinct texts.
@@ -73,19 +60,14 @@ impl Texts {
     }
 
     /// Forgets every text from row `len` on (a file that turned out to be broken).
-    pub(crate) fn truncate(&mut self, len: usize) {
-        for key in self.keys.drain(len.min(self.keys.len())..) {
-            self.rows.remove(&key);
+    pub(crate) fn truncate(&mut self, len: usize) -> Result<()> {
+        for (row, key) in self.keys.iter().enumerate().skip(len) {
+            if let Ok(entry) = self.rows.find_entry(*key as u64, |r| *r == row as u64) {
+                entry.remove();
+            }
         }
-        self.ends.truncate(len);
-        self.bytes.truncate(self.ends.last().map_or(0, |end| *end as usize));
-    }
-
-    /// The text table: bytes, offsets (one more than texts), text ids.
-    pub(crate) fn finish(self) -> (Vec<u8>, Vec<u64>, Vec<u64>) {
-        let mut offsets = self.ends;
-        offsets.insert(0, 0);
-        (self.bytes, offsets, self.keys.into_iter().map(|key| key as u64).collect())
+        self.keys.truncate(len);
+        self.shards.truncate(len)
     }
 }
 
@@ -93,33 +75,37 @@ impl Texts {
 mod tests {
     use super::*;
 
+    fn intern(texts: &mut Texts, text: &str) -> u64 {
+        texts.intern(identity(text), text).unwrap()
+    }
+
     #[test]
     fn equal_nfc_forms_are_one_text_and_the_first_form_stays() {
-        let mut texts = Texts::default();
-        assert_eq!(texts.intern("caf\u{e9}"), 0);
-        assert_eq!(texts.intern("cafe"), 1);
-        assert_eq!(texts.intern("cafe\u{301}"), 0);
-        assert_eq!(texts.intern("\u{1112}\u{1161}\u{11ab}"), 2); // conjoining jamo
-        assert_eq!(texts.intern("\u{d55c}"), 2);
-        assert_eq!(texts.intern("\u{212b}"), 3); // angstrom sign, a singleton
-        assert_eq!(texts.intern("\u{c5}"), 3);
-        assert_eq!(texts.intern("caf\u{e9} "), 4); // no other folding
-        let (bytes, offsets, ids) = texts.finish();
-        assert_eq!(&bytes[..offsets[1] as usize], "caf\u{e9}".as_bytes());
-        assert_eq!(ids[3], identity("\u{c5}") as u64);
-        assert_eq!(offsets.len(), 6);
+        let mut texts = Texts::new(Shards::in_memory());
+        assert_eq!(intern(&mut texts, "caf\u{e9}"), 0);
+        assert_eq!(intern(&mut texts, "cafe"), 1);
+        assert_eq!(intern(&mut texts, "cafe\u{301}"), 0);
+        assert_eq!(intern(&mut texts, "\u{1112}\u{1161}\u{11ab}"), 2); // conjoining jamo
+        assert_eq!(intern(&mut texts, "\u{d55c}"), 2);
+        assert_eq!(intern(&mut texts, "\u{212b}"), 3); // angstrom sign, a singleton
+        assert_eq!(intern(&mut texts, "\u{c5}"), 3);
+        assert_eq!(intern(&mut texts, "caf\u{e9} "), 4); // no other folding
+        let held = texts.shards.finish().unwrap();
+        assert_eq!(&held.text[..held.offsets[1] as usize], "caf\u{e9}".as_bytes());
+        assert_eq!(held.text_id[3], identity("\u{c5}") as u64);
+        assert_eq!(held.offsets.len(), 6);
     }
 
     #[test]
     fn truncate_forgets_wholly() {
-        let mut texts = Texts::default();
+        let mut texts = Texts::new(Shards::in_memory());
         for text in ["a", "bb", "ccc"] {
-            texts.intern(text);
+            intern(&mut texts, text);
         }
-        texts.truncate(1);
-        assert_eq!(texts.intern("ccc"), 1);
-        assert_eq!(texts.intern("bb"), 2);
-        assert_eq!(texts.intern("a"), 0);
-        assert_eq!(texts.finish().0, b"acccbb");
+        texts.truncate(1).unwrap();
+        assert_eq!(intern(&mut texts, "ccc"), 1);
+        assert_eq!(intern(&mut texts, "bb"), 2);
+        assert_eq!(intern(&mut texts, "a"), 0);
+        assert_eq!(texts.shards.finish().unwrap().text, b"acccbb");
     }
 }

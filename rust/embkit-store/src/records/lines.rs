@@ -58,6 +58,29 @@ pub(crate) enum Line<'a> {
     TooLong(&'a [u8]),
 }
 
+/// Lines read together, so that threads can parse them.
+#[derive(Default)]
+pub(crate) struct Block {
+    bytes: Vec<u8>,
+    /// Number and end in `bytes` of each line, and whether it is whole.
+    lines: Vec<(u64, usize, bool)>,
+}
+
+impl Block {
+    pub(crate) fn len(&self) -> usize {
+        self.lines.len()
+    }
+
+    /// The number of line `i` of the block in the input, and the line.
+    pub(crate) fn get(&self, i: usize) -> (u64, Line<'_>) {
+        let start = i.checked_sub(1).and_then(|before| self.lines.get(before));
+        let start = start.map_or(0, |(_, end, _)| *end);
+        let (number, end, whole) = self.lines.get(i).copied().unwrap_or((0, start, true));
+        let bytes = self.bytes.get(start..end).unwrap_or_default();
+        (number, if whole { Line::Whole(bytes) } else { Line::TooLong(bytes) })
+    }
+}
+
 /// A streaming reader of lines. Memory: two windows, the current line, the decoder's window.
 pub(crate) struct Lines<'p> {
     reader: Box<dyn BufRead + 'p>,
@@ -160,6 +183,21 @@ impl<'p> Lines<'p> {
             Line::Whole(&self.line)
         };
         Ok(Some((self.number, line)))
+    }
+
+    /// The next lines, about `bytes` of them; empty at the end. Errors: as [`Self::next`].
+    pub(crate) fn block(&mut self, job: &Job, bytes: usize) -> Result<Block> {
+        let mut block = Block::default();
+        while block.bytes.len() < bytes && block.lines.len() < bytes / 16 {
+            let Some((number, line)) = self.next(job)? else { break };
+            let (line, whole) = match line {
+                Line::Whole(line) => (line, true),
+                Line::TooLong(head) => (head, false),
+            };
+            block.bytes.extend_from_slice(line);
+            block.lines.push((number, block.bytes.len(), whole));
+        }
+        Ok(block)
     }
 
     /// Lines read so far.

@@ -19,7 +19,7 @@ from typing import Any
 
 from embkit import __version__, _rust
 from embkit.container import VERSION, read_manifest, write_manifest
-from embkit.errors import CorruptError, UsageError
+from embkit.errors import CorruptError, FormatError, UsageError
 from embkit.progress import say
 
 _HASH_CACHE_FROM = 64 << 20  # smaller files are hashed faster than a cache is opened
@@ -242,8 +242,12 @@ def _sweep(directory: Path) -> None:
 
 def _file_record(path: Path) -> dict[str, Any]:
     if path.suffix == ".safetensors":
-        with suppress(CorruptError):
+        try:
             return dict(_rust.file_info(str(path)))
+        except FormatError:
+            raise  # sound, and only newer: that is what the user must hear
+        except CorruptError:
+            pass  # a plain file of another program, or damaged: then its hash will differ
     return {"length": path.stat().st_size, "blake3": _hash_file(path)}
 
 

@@ -190,3 +190,28 @@ def test_same_inputs_same_bits(source: Path, built: Path, tmp_path: Path) -> Non
     assert found[0] == found[1]
     kept = {name: b for name, b in tree(built).items() if not name.startswith("store/")}
     assert {name: b for name, b in found[0].items() if not name.startswith("store/")} == kept
+
+
+# ---------------------------------------------------------------- P3: exactly once
+
+
+@pytest.mark.timeout(900)
+def test_exactly_once(built: Path, tmp_path: Path) -> None:
+    """P3: no example lost or repeated in two epochs with 200 kills, and the order is kept.
+
+    Packed, with hard negatives, no-duplicate batches, and one data thread or two.
+    """
+    kills = full_count(200, 30)
+    report = json.loads(
+        python(HERE / "kill_batches.py", built / "store", tmp_path, str(kills), "5")
+    )
+    print(f"{kills} kills landed after steps {report['landed']}, {report['torn']} in a line")
+    assert len(report["landed"]) == kills and len(set(report["landed"])) > kills // 10
+    seen: Counter[tuple[str, int, int]] = Counter()
+    for entry in report["entries"]:
+        seen.update((entry["task"], entry["epoch"], example) for example in entry["examples"])
+    assert set(seen.values()) == {1}
+    for task, count in report["examples"].items():
+        for epoch in (0, 1):
+            taken = sum(1 for t, e, _ in seen if (t, e) == (task, epoch))
+            assert taken == count // 6 * 6, (task, epoch)  # the rest of an epoch is dropped

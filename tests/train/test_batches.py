@@ -310,11 +310,40 @@ def test_bad_settings(make_store: Callable[..., Store], tmp_path: Path) -> None:
     ):
         with pytest.raises(UsageError, match=match):
             Batches(store, **{**SETTINGS, **settings})
-    with stage(tmp_path / "mined", name="mine", params={}, kind="embkit.negatives") as work:
-        columns = {"offsets": np.zeros(4, np.uint64), "row": np.zeros(0, np.uint64)}
-        container.save(
-            work.dir / "negatives-retrieval.safetensors", columns, kind="embkit.negatives"
-        )
-        work.publish()
+
+
+def test_negatives_of_another_store(make_store: Callable[..., Store], tmp_path: Path) -> None:
+    store = make_store(14, 40)
+
+    def mined(name: str, task: str, examples: int, **manifest: str) -> Path:
+        with stage(tmp_path / name, name="mine", params={}, kind="embkit.negatives") as work:
+            columns = {
+                "offsets": np.zeros(examples + 1, np.uint64), "row": np.zeros(0, np.uint64),
+            }  # fmt: skip
+            path = work.dir / f"negatives-{task}.safetensors"
+            container.save(path, columns, kind="embkit.negatives")
+            work.publish(manifest)
+        return tmp_path / name
+
     with pytest.raises(CorruptError, match="are for 3 examples, the store has 40"):
-        Batches(store, negatives=tmp_path / "mined", **SETTINGS)
+        Batches(store, negatives=mined("short", "retrieval", 3), **SETTINGS)
+    with pytest.raises(UsageError, match="task 'other', which the store does not have"):
+        Batches(store, negatives=mined("task", "other", 40), **SETTINGS)
+    with pytest.raises(UsageError, match="mined on another store"):
+        Batches(store, negatives=mined("store", "retrieval", 40, store="0" * 64), **SETTINGS)
+    digest = store.manifest["digest"]
+    none = Batches(store, negatives=mined("fits", "retrieval", 40, store=digest), **SETTINGS)
+    parts = [none.batch(s) for s in range(8)]
+    assert not any(b["hard_mask"].any() for b in parts)  # they replace the table's own
+
+
+def test_a_shard_that_is_missing_or_not_in_the_manifest(make_store: Callable[..., Store]) -> None:
+    store = make_store(15, 40)
+    shard = next(store.path.glob("texts-*"))
+    away = shard.rename(shard.with_suffix(".away"))
+    with pytest.raises(CorruptError, match="lists is missing"):
+        Store(store.path)
+    away.rename(shard)
+    shutil.copy(shard, store.path / "texts-00001-of-00002.safetensors")
+    with pytest.raises(CorruptError):
+        Store(store.path)

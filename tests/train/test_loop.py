@@ -264,6 +264,8 @@ def test_refused_before_the_first_step(
         ({"stepss": 3}, "did you mean 'steps'"),
         ({"tasks": {"retreival": 1.0}}, "did you mean 'retrieval'"),
         ({"steps": 0}, "not positive"),
+        ({"exhausted": "drop"}, "ends after 15 steps, 20 are asked for"),
+        ({"exhausted": "never"}, "exhausted"),
     ):
         with pytest.raises(UsageError, match=match):
             prefinetune(encoder, store, out=out, **{**SETTINGS, **settings})
@@ -274,6 +276,10 @@ def test_refused_before_the_first_step(
     )
     with pytest.raises(UsageError, match="another tokenizer"):
         prefinetune(other, store, out=out, **SETTINGS)
+    encoder.prompts["query"] = "search: "
+    with pytest.raises(UsageError, match="the query prompt '', the encoder serves with 'search: '"):
+        prefinetune(encoder, store, out=out, **SETTINGS)
+    encoder.prompts["query"] = ""
     encoder.backbone.config.max_position_embeddings = 31
     with pytest.raises(UsageError, match="the model takes 31"):
         prefinetune(encoder, store, out=out, **SETTINGS)

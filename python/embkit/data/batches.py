@@ -318,6 +318,11 @@ def mined_files(negatives: Path | str | None, store: Store) -> dict[str, Path]:
         path.stem.removeprefix("negatives-"): path
         for path in sorted(folder.glob("negatives-*.safetensors"))
     }
+    mined_on = manifest.get("store")
+    if mined_on is not None and mined_on != store.manifest.get("digest"):
+        raise UsageError(
+            "The negatives were mined on another store.", where=folder, fix="mine again on this one"
+        )
     unknown = sorted(set(found) - set(store.task_names))
     if unknown:
         raise UsageError(

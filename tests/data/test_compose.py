@@ -148,7 +148,7 @@ tables = st.fixed_dictionaries(
 
 @pytest.mark.parametrize("prompts", [{}, PROMPTS, SAME], ids=["plain", "prompts", "one prompt"])
 @settings(
-    max_examples=200 if os.environ.get("EMBKIT_TEST_FULL") else 12,
+    max_examples=200 if os.environ.get("EMBKIT_TEST_FULL") else 8,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
@@ -356,7 +356,7 @@ def test_a_subset_of_everything_is_the_store(tmp_path: Path, tokenizer: Path) ->
 
 
 @settings(
-    max_examples=100 if os.environ.get("EMBKIT_TEST_FULL") else 15,
+    max_examples=100 if os.environ.get("EMBKIT_TEST_FULL") else 10,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],

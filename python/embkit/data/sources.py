@@ -19,7 +19,8 @@ from embkit.errors import CorruptError, UsageError, nearest
 
 JSONL = (".jsonl", ".jsonl.zst", ".jsonl.gz", ".ndjson", ".ndjson.zst", ".ndjson.gz")
 SUFFIXES = (*JSONL, ".parquet")
-_BATCH = 8192  # rows handed to Rust at once
+_BATCH = 2048  # rows handed to Rust at once
+_BLOCK = 4 << 20  # ... or, as JSON lines, bytes
 
 
 @dataclass(frozen=True)
@@ -251,11 +252,13 @@ def _class_names(column: Any, names: list[str]) -> Any:
 def _lines(rows: Iterable[dict[str, Any]]) -> Iterator[bytes]:
     """Blocks of JSON lines."""
     batch: list[bytes] = []
+    size = 0
     for row in rows:
         batch.append(_line(row))
-        if len(batch) == _BATCH:
+        size += len(batch[-1])
+        if size >= _BLOCK or len(batch) == _BATCH:
             yield b"".join(batch)
-            batch = []
+            batch, size = [], 0
     if batch:
         yield b"".join(batch)
 

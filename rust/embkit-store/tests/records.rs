@@ -151,6 +151,20 @@ fn titles_numbers_scores_and_extras() {
 }
 
 #[test]
+fn of_two_names_the_first_in_rank_is_read_in_any_order() {
+    for line in [
+        "{\"query\":\"q\",\"anchor\":\"a\",\"positive\":\"p\"}",
+        "{\"anchor\":\"a\",\"query\":\"q\",\"positive\":\"p\"}",
+        "{\"query\":\"x\",\"anchor\":\"a\",\"query\":\"q\",\"positive\":\"p\"}",
+    ] {
+        let r = lines(line);
+        assert_eq!(texts(&r, &r.examples[0].query), ["q"]);
+        let extra: Vec<_> = r.reports[0].extra_columns.iter().collect();
+        assert_eq!(extra, [(&"anchor".to_string(), &1)], "{line}");
+    }
+}
+
+#[test]
 fn labels_are_dense_by_name_and_task() {
     let mut b = RecordsBuilder::default();
     let job = Job::new();

@@ -85,22 +85,25 @@ pub(crate) enum Place {
     Unknown,
 }
 
+/// Every known column with its names by rank.
+const NAMES: [(Field, &[&str]); 12] = [
+    (Field::Query, &QUERY),
+    (Field::Positive, &POSITIVE),
+    (Field::Negative, &NEGATIVE),
+    (Field::Title, &["title"]),
+    (Field::Sentence1, &["sentence1"]),
+    (Field::Sentence2, &["sentence2"]),
+    (Field::Text, &["text"]),
+    (Field::Label, &LABEL),
+    (Field::Score, &SCORE),
+    (Field::PosScores, &["pos_scores"]),
+    (Field::NegScores, &["neg_scores"]),
+    (Field::Weight, &["weight"]),
+];
+
 impl Place {
     pub(crate) fn of(name: &str) -> Self {
-        for (names, field) in [
-            (&QUERY[..], Field::Query),
-            (&POSITIVE, Field::Positive),
-            (&NEGATIVE, Field::Negative),
-            (&SCORE, Field::Score),
-            (&LABEL, Field::Label),
-            (&["title"], Field::Title),
-            (&["sentence1"], Field::Sentence1),
-            (&["sentence2"], Field::Sentence2),
-            (&["text"], Field::Text),
-            (&["pos_scores"], Field::PosScores),
-            (&["neg_scores"], Field::NegScores),
-            (&["weight"], Field::Weight),
-        ] {
+        for (field, names) in NAMES {
             if let Some(rank) = names.iter().position(|n| *n == name) {
                 return Self::Known(field, rank);
             }
@@ -352,24 +355,27 @@ impl<'a> Row<'a> {
     }
 
     pub(super) fn set(&mut self, place: Place, name: Cow<'a, str>, value: Value<'a>) {
-        let unknown = match place {
+        let unread = match place {
             Place::Known(field, rank) => match self.known.get_mut(field as usize) {
-                Some(Some((taken, _))) if *taken < rank => true,
+                Some(Some((taken, _))) if *taken < rank => Some(name),
+                // A repeated name: the last one counts, as in Python and JavaScript.
                 Some(slot) => {
-                    // A repeated name: the last one counts, as in Python and JavaScript.
-                    *slot = Some((rank, value));
-                    false
+                    let before = slot.replace((rank, value)).filter(|(taken, _)| *taken != rank);
+                    let (_, names) = NAMES.get(field as usize).copied().unwrap_or((field, &[]));
+                    before.and_then(|(taken, _)| names.get(taken)).map(|name| (*name).into())
                 }
-                None => true,
+                None => None,
             },
             Place::Numbered(n) => {
                 self.numbered.push((n, value));
-                false
+                None
             }
-            Place::Id => false,
-            Place::Unknown => true,
+            Place::Id => None,
+            Place::Unknown => Some(name),
         };
-        if unknown && self.extra.len() < EXTRA_PER_ROW {
+        if let Some(name) = unread
+            && self.extra.len() < EXTRA_PER_ROW
+        {
             self.extra.push(name);
         }
     }

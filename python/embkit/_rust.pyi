@@ -247,17 +247,22 @@ def tokenize(
     max_length: Sequence[int],
     shard_bytes: int = 67108864,
     threads: int = 0,
+    backend: str = "auto",
+    refuse_long: bool = False,
     progress: _Progress = None,
 ) -> dict[str, Any]:
     """Encode rows into ``texts-*.safetensors`` and ``raw-*.safetensors`` in ``out_dir``.
 
     Output row ``i`` is the text ``row[i]`` behind ``prompts[prompt[i]]``, cut to
     ``max_length[role[i]]`` tokens; ``source``, ``text_id`` and ``cluster`` are copied. Shards that
-    an earlier run published and that verify are adopted. Progress counts rows.
+    an earlier run published and that verify are adopted. Progress counts rows. ``backend`` is
+    ``"auto"`` or ``"tokenizers"``, with the same bytes. With ``refuse_long`` a text above its limit
+    is a UsageError once all are encoded.
 
     Returns:
-        ``shards``, ``rows``, ``tokens``, ``truncated`` and ``adopted`` (rows), ``backend`` (name
-        and version), ``files`` (name to what :func:`file_info` gives).
+        ``shards``, ``rows``, ``tokens``, ``truncated`` and ``adopted`` (rows), ``backend`` (names
+        and versions), ``slow`` (why the fast path was not used, or None), ``files`` (name to what
+        :func:`file_info` gives).
     """
 
 @final

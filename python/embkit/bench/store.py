@@ -12,73 +12,18 @@ import numpy as np
 
 from embkit import _rust, container
 from embkit.bench import Case
-from embkit.bench.corpus import digest, text_shard, texts
+from embkit.bench.corpus import digest
+from embkit.bench.tokenizing import LENGTH, tokenize, tokenize_bpe, word_piece, write_store
 
-_LENGTH, _BATCH = 128, 32
-
-
-@cache
-def _tokenizer(quick: bool) -> str:
-    """A WordPiece tokenizer.json trained on some of the corpus."""
-    from tokenizers import BertWordPieceTokenizer
-
-    trained = BertWordPieceTokenizer()
-    trained.train_from_iterator(texts(quick)[:20_000], vocab_size=16_000, show_progress=False)
-    return str(trained.to_str())
-
-
-def _tokenize(quick: bool, out: Path) -> dict[str, Any]:
-    items = texts(quick)
-    n = len(items)
-    zeros = np.zeros(n, np.uint16)
-    return dict(
-        _rust.tokenize(
-            str(out), [text_shard(items)], np.arange(n, dtype=np.uint64), zeros, [""],
-            np.full(n, 2, np.uint8), zeros, np.arange(n, dtype=np.uint64),
-            np.arange(n, dtype=np.uint64), _tokenizer(quick), [_LENGTH] * 3,
-        )
-    )  # fmt: skip
+_BATCH = 32
 
 
 @cache
 def _store(quick: bool) -> tuple[Any, Any]:
     """An open store, and the folder that lives as long as it."""
     home = tempfile.TemporaryDirectory(prefix="embkit-bench-")
-    _tokenize(quick, Path(home.name))
+    write_store(word_piece(quick), quick, home.name)
     return _rust.Store(home.name), home
-
-
-def tokenize(quick: bool) -> Case:
-    """Text to published shards, ids identical to Hugging Face `tokenizers`."""
-    items = texts(quick)
-    megabytes = sum(len(t.encode()) for t in items) / 1e6
-
-    def ours() -> np.ndarray:
-        with tempfile.TemporaryDirectory() as out:
-            _tokenize(quick, Path(out))
-            store = _rust.Store(out)
-            return _all_tokens(store)
-
-    def hugging_face() -> np.ndarray:
-        from tokenizers import Tokenizer
-
-        tokenizer = Tokenizer.from_str(_tokenizer(quick))
-        tokenizer.enable_truncation(_LENGTH)
-        tokenizer.no_padding()
-        ids = [e.ids for e in tokenizer.encode_batch_fast(list(items))]
-        return np.concatenate([np.asarray(i, np.int64) for i in ids])
-
-    return Case(
-        name="store.tokenize",
-        unit="MB/s",
-        work=megabytes,
-        ours=ours,
-        rivals={"HF tokenizers": hugging_face},
-        check=np.testing.assert_array_equal,
-        floor="1x HF tokenizers",
-        goal="45 MB/s",
-        facts={"n": len(items), "data": digest(text_shard(items)[0])},
-    )
 
 
 def _all_tokens(store: Any) -> np.ndarray:
@@ -100,7 +45,7 @@ def batches(quick: bool) -> Case:
 
     def ours() -> tuple[np.ndarray, np.ndarray]:
         """One call a batch, into buffers that stay; the views are what torch.from_numpy takes."""
-        flat_ids = np.empty(_BATCH * _LENGTH, np.int64)
+        flat_ids = np.empty(_BATCH * LENGTH, np.int64)
         flat_mask = np.empty_like(flat_ids)
         for rows in groups:
             size = _BATCH * store.gather_padded(rows, flat_ids, flat_mask, 0)
@@ -168,4 +113,4 @@ def write(quick: bool) -> Case:
     return case
 
 
-CASES = (tokenize, batches, write)
+CASES = (tokenize, tokenize_bpe, batches, write)

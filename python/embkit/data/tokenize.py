@@ -20,8 +20,8 @@ from embkit.data import vocabulary
 from embkit.data.loader import KIND, Store
 from embkit.data.records import Records, as_directory
 from embkit.data.tables import Array, Examples
-from embkit.errors import UsageError
-from embkit.progress import bar
+from embkit.errors import UsageError, nearest
+from embkit.progress import bar, say
 from embkit.stage import stage
 
 QUERY, PASSAGE, BOTH = 0, 1, 2
@@ -37,6 +37,8 @@ def tokenize(
     max_length_query: int = 32,
     max_length_passage: int = 96,
     prompts: Mapping[str, str] | None = None,
+    on_long: str = "truncate",
+    backend: str = "auto",
     fresh: bool = False,
 ) -> Store:
     """Tokenise records into a store.
@@ -48,11 +50,18 @@ def tokenize(
             WordPiece of ``vocab_size`` on these records.
         max_length_query, max_length_passage: tokens kept, special tokens included.
         prompts: text before a query or passage, ``{"query": "", "passage": ""}``.
+        on_long: ``"truncate"`` cuts texts above their limit and counts them; ``"error"`` publishes
+            nothing when there is one.
+        backend: ``"auto"`` takes the fast path where it knows the tokenizer (docs/tokenizers.md),
+            ``"tokenizers"`` the package of that name for every text. The shards are the same.
         fresh: do it again even when it is done.
 
     Raises:
-        UsageError: unknown tokenizer or prompt role, lengths below 3, or no examples at all.
+        UsageError: unknown tokenizer, prompt role or option, lengths below 3, no examples at all,
+            or a text above its limit with ``on_long="error"``.
     """
+    _one_of("on_long", on_long, ("truncate", "error"))
+    _one_of("backend", backend, ("auto", "tokenizers"))
     prompts = dict(prompts or {})
     wrong = set(prompts) - {"query", "passage"}
     if wrong:
@@ -67,15 +76,22 @@ def tokenize(
         "max_length": {"query": max_length_query, "passage": max_length_passage},
         "prompts": {role: prompts.get(role, "") for role in ("query", "passage")},
     }
+    if on_long == "error":  # a finished store that was cut must not pass for one that was not
+        params["on_long"] = on_long
     with stage(
         out, name="tokenize", params=params, inputs=[records.dir], kind=KIND, fresh=fresh
     ) as work:
         if not work.done:
-            _run(records, given, params, work)
+            _run(records, given, params, work, backend)
     return Store(out)
 
 
-def _run(records: Records, given: Any, params: dict[str, Any], work: Any) -> None:
+def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise UsageError(f"Unknown {name} = {value!r}; {nearest(value, known)}")
+
+
+def _run(records: Records, given: Any, params: dict[str, Any], work: Any, backend: str) -> None:
     texts = records.texts
     tables = records.tasks()
     if not sum(map(len, tables.values())):
@@ -102,9 +118,13 @@ def _run(records: Records, given: Any, params: dict[str, Any], work: Any) -> Non
             texts.cluster[rows.text],
             tokenizer_json,
             limits,
+            backend=backend,
+            refuse_long="on_long" in params,
             progress=progress.update,
         )
         progress.update(len(rows.text))
+    if done["slow"] and backend == "auto":
+        say(f"tokenized by {done['backend']} alone: {done['slow']}")
     tasks = []
     for index, (old, table) in enumerate(
         zip(records.manifest["tasks"], tables.values(), strict=True)

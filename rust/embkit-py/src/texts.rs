@@ -1,9 +1,9 @@
 //! Deduplication, contamination and tokenisation.
 
 use crate::arrays::{PyShards, array, info, shards, slice};
-use crate::door::long;
+use crate::door::{long, short};
 use embkit_dedup::{ContaminationParams, DedupParams, ShingleParams};
-use embkit_store::tokenize::{Inputs, SHARD_BYTES, Settings};
+use embkit_store::tokenize::{Backend, Inputs, SHARD_BYTES, Settings};
 use numpy::{PyArray1, PyReadonlyArray1};
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
@@ -78,7 +78,8 @@ const _: () = assert!(SHARD_BYTES == 67108864);
 /// Encode rows into token shards in `out_dir`; adopts verified shards that are there.
 #[pyfunction]
 #[pyo3(signature = (out_dir, shards, row, prompt, prompts, role, source, text_id, cluster,
-    tokenizer_json, max_length, shard_bytes=67108864, threads=0, progress=None))]
+    tokenizer_json, max_length, shard_bytes=67108864, threads=0, backend="auto",
+    refuse_long=false, progress=None))]
 pub(crate) fn tokenize<'py>(
     py: Python<'py>,
     out_dir: PathBuf,
@@ -94,8 +95,11 @@ pub(crate) fn tokenize<'py>(
     max_length: Vec<u32>,
     shard_bytes: u64,
     threads: usize,
+    backend: &str,
+    refuse_long: bool,
     progress: Option<&Bound<'py, PyAny>>,
 ) -> PyResult<Bound<'py, PyDict>> {
+    let backend = short(py, || Backend::parse(backend))?;
     let texts = crate::arrays::shards(py, &shards)?;
     let inputs = Inputs {
         texts: &texts,
@@ -107,7 +111,15 @@ pub(crate) fn tokenize<'py>(
         cluster: slice(py, &cluster, "cluster")?,
     };
     let (prompts, max_length) = (prompts.as_slice(), max_length.as_slice());
-    let settings = Settings { prompts, tokenizer_json, max_length, shard_bytes, threads };
+    let settings = Settings {
+        prompts,
+        tokenizer_json,
+        max_length,
+        shard_bytes,
+        threads,
+        backend,
+        refuse_long,
+    };
     let report = long(py, progress, |job| {
         embkit_store::tokenize::tokenize(job, &out_dir, inputs, settings)
     })?;
@@ -118,6 +130,7 @@ pub(crate) fn tokenize<'py>(
     out.set_item("truncated", report.truncated)?;
     out.set_item("adopted", report.adopted)?;
     out.set_item("backend", report.backend)?;
+    out.set_item("slow", report.slow)?;
     let files = PyDict::new(py);
     for (name, recorded) in &report.files {
         files.set_item(name, info(py, recorded)?)?;

@@ -10,7 +10,7 @@ use embkit_core::{Job, TextShard};
 use embkit_store::naive;
 use embkit_store::read::Store;
 use embkit_store::records::{Input, RecordsBuilder};
-use embkit_store::tokenize::{Inputs, SHARD_BYTES, Settings, tokenize};
+use embkit_store::tokenize::{Backend, Inputs, SHARD_BYTES, Settings, tokenize};
 
 #[path = "../tests/common/mod.rs"]
 mod common;
@@ -40,6 +40,8 @@ fn store(c: &mut Criterion) {
         max_length: &[256, 256],
         shard_bytes: SHARD_BYTES,
         threads: 1,
+        backend: Backend::Auto,
+        refuse_long: false,
     };
 
     let mut group = c.benchmark_group("tokenize");

@@ -6,25 +6,31 @@
 //!
 //! Oddity: a single text is encoded in one piece, so cancelling waits for the texts in hand.
 
+mod check;
 mod encode;
+mod fast;
 mod shards;
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::ops::Range;
 use std::path::Path;
+use std::sync::mpsc;
+use std::thread;
 
 use embkit_core::container::FileInfo;
 use embkit_core::{Error, Job, Result, TextShard, Texts, blake3_hex, par, publish};
 
-pub use encode::{BACKEND, Encoded, Encoder};
-use shards::Writer;
+pub use encode::{Backend, Encoded, Encoder, REFERENCE, Rows};
+pub use fast::FAST;
 pub use shards::{RAW_FORMAT, TEXTS_FORMAT, VERSION};
+use shards::{Target, Writer, joined};
 pub(crate) use shards::{list, name, parse_name};
 
 /// Default size of a shard's tokens in bytes.
 pub const SHARD_BYTES: u64 = 64 << 20;
 /// Rows that one thread encodes at a time.
-const BLOCK_ROWS: usize = 32;
+const BLOCK_ROWS: usize = 128;
 /// Bytes of text and number of rows in a wave, at most; they bound the memory between shards.
 const WAVE_BYTES: u64 = 8 << 20;
 const WAVE_ROWS: usize = 1 << 15;
@@ -61,6 +67,10 @@ pub struct Settings<'a> {
     pub shard_bytes: u64,
     /// Threads, 0 for [`par::threads`].
     pub threads: usize,
+    /// Which code makes the ids. No byte depends on it.
+    pub backend: Backend,
+    /// Whether a text above its limit is an error instead of being cut.
+    pub refuse_long: bool,
 }
 
 /// What was written.
@@ -76,8 +86,10 @@ pub struct Report {
     pub truncated: u64,
     /// Rows taken over from an earlier, unfinished run.
     pub adopted: u64,
-    /// [`BACKEND`].
+    /// What made the ids ([`Encoder::backend`]).
     pub backend: String,
+    /// Why [`REFERENCE`] made all ids, when it did.
+    pub slow: Option<String>,
     /// Every file with what a manifest records of it.
     pub files: BTreeMap<String, FileInfo>,
 }
@@ -85,71 +97,176 @@ pub struct Report {
 /// Encodes every row and writes the shards of a store into `out_dir`, which is created when it is
 /// missing. Counts rows on `job`.
 ///
-/// Errors: `Usage` for columns of unequal length, a row, prompt or role out of range, or no rows;
-/// `Corrupt` for an unreadable tokenizer; `Io`; `Cancelled`. After an error the directory holds
-/// whole shards, which the next call with the same arguments takes over.
+/// Errors: `Usage` for columns of unequal length, a row, prompt or role out of range, no rows, or
+/// texts above their limit with `refuse_long`; `Corrupt` for an unreadable tokenizer; `Io`;
+/// `Cancelled`. After an error the directory holds whole shards, which the next call with the same
+/// arguments takes over.
 pub fn tokenize(job: &Job, out_dir: &Path, inputs: Inputs, settings: Settings) -> Result<Report> {
     let texts = Texts::new(inputs.texts)?;
     check(&inputs, &settings, &texts)?;
-    let encoder = Encoder::new(settings.tokenizer_json, settings.max_length)?;
+    let mut encoder = Encoder::new(settings.tokenizer_json, settings.max_length, settings.backend)?;
+    let input = Input { columns: &inputs, settings: &settings, texts: &texts };
+    if encoder.slow().is_none()
+        && let Some(reason) = check::disagreement(job, &encoder, input)?
+    {
+        encoder.without_fast(reason);
+    }
     let prompt_len = prompt_lengths(&encoder, &settings)?;
     fs::create_dir_all(out_dir).map_err(|e| Error::io(out_dir, e))?;
     publish::sweep_tmp(out_dir)?;
 
-    let params = params(&inputs, &settings);
-    let mut writer = Writer::new(out_dir, &inputs, params, settings.shard_bytes, encoder.wide());
-    let adopted = writer.adopt(&texts)?;
-    job.advance(adopted as u64);
-    let mut next = adopted;
-    while next < inputs.row.len() {
+    let target = Target {
+        dir: out_dir,
+        inputs: &inputs,
+        params: params(&inputs, &settings),
+        shard_bytes: settings.shard_bytes,
+        wide: encoder.wide(),
+    };
+    let add = |writer: &mut Writer, wave: Range<usize>, encoded: Vec<Rows>| {
         job.check()?;
-        let wave = wave(&inputs, &settings, &texts, next);
-        let encoded = par::try_map_blocks(wave.len(), BLOCK_ROWS, settings.threads, |block| {
-            let rows = wave.start + block.start..wave.start + block.end;
-            let encoded = rows.map(|i| {
-                job.check()?;
-                encode_row(&encoder, &inputs, &settings, &texts, i)
-            });
-            let encoded = encoded.collect::<Result<Vec<Encoded>>>()?;
-            job.advance(encoded.len() as u64);
-            Ok(encoded)
-        })?;
-        for (i, row) in wave.clone().zip(encoded.into_iter().flatten()) {
-            let (prompt, role, raw) = (column(inputs.prompt, i)?, column(inputs.role, i)?, i);
-            let raw = texts.try_get(column(inputs.row, raw)? as usize).unwrap_or_default();
-            let len = prompt_len.get(usize::from(role)).and_then(|p| p.get(usize::from(prompt)));
-            // A prompt that was itself cut cannot be longer than the row.
-            let len = len.copied().unwrap_or(0).min(row.ids.len());
-            let len = u16::try_from(len).map_err(|_| {
-                Error::usage(format!("prompt {prompt} has {len} tokens"), "Use a shorter prompt")
-            })?;
-            writer.push(&row.ids, row.truncated, len, raw)?;
+        let mut next = wave;
+        for rows in encoded {
+            let mut start = 0;
+            for ((end, truncated), i) in rows.ends.iter().zip(&mut next) {
+                let ids = rows.ids.get(start..*end).unwrap_or_default();
+                start = *end;
+                let len = input.prompt_len(i, &prompt_len, ids.len())?;
+                writer.push(ids, *truncated, len, input.bytes(i)?)?;
+            }
         }
-        next = wave.end;
+        Ok(())
+    };
+    let threads = if settings.threads == 0 { par::threads() } else { settings.threads };
+    let report = thread::scope(|scope| {
+        let mut writer = Writer::new(&target, (threads > 1).then_some(scope));
+        let adopted = writer.adopt(&texts)?;
+        job.advance(adopted as u64);
+        if threads == 1 {
+            waves(job, &encoder, input, adopted, |wave, rows| add(&mut writer, wave, rows))?;
+        } else {
+            // Laying out and publishing goes on beside the encoding of the next wave.
+            let (send, receive) = mpsc::sync_channel::<(Range<usize>, Vec<Rows>)>(1);
+            let worker = scope.spawn(move || {
+                for (wave, rows) in receive {
+                    add(&mut writer, wave, rows)?;
+                }
+                Ok::<_, Error>(writer)
+            });
+            // When the writer is gone, its error is the one that counts.
+            let stopped = || Error::Cancelled;
+            let encoded = waves(job, &encoder, input, adopted, |wave, rows| {
+                send.send((wave, rows)).map_err(|_| stopped())
+            });
+            drop(send);
+            writer = joined(worker)?;
+            encoded?;
+        }
+        let files = writer.finish()?;
+        Ok::<_, Error>(Report {
+            shards: writer.shards(),
+            rows: inputs.row.len() as u64,
+            tokens: writer.tokens,
+            truncated: writer.truncated,
+            adopted: adopted as u64,
+            backend: encoder.backend(),
+            slow: encoder.slow().map(str::to_owned),
+            files,
+        })
+    })?;
+    if settings.refuse_long && report.truncated > 0 {
+        return Err(too_long(job, &encoder, input, report.truncated));
     }
-    let files = writer.finish()?;
-    Ok(Report {
-        shards: writer.shards(),
-        rows: inputs.row.len() as u64,
-        tokens: writer.tokens,
-        truncated: writer.truncated,
-        adopted: adopted as u64,
-        backend: BACKEND.to_string(),
-        files,
-    })
+    Ok(report)
 }
 
-fn encode_row(
+/// Encodes the rows from `start` on, wave by wave.
+fn waves(
+    job: &Job,
     encoder: &Encoder,
-    inputs: &Inputs,
-    settings: &Settings,
-    texts: &Texts,
-    i: usize,
-) -> Result<Encoded> {
-    let prompt = usize::from(column(inputs.prompt, i)?);
-    let prompt = settings.prompts.get(prompt).map_or("", String::as_str);
-    let text = texts.str(column(inputs.row, i)? as usize)?;
-    encoder.encode(column(inputs.role, i)?, prompt, text)
+    input: Input,
+    start: usize,
+    mut add: impl FnMut(Range<usize>, Vec<Rows>) -> Result<()>,
+) -> Result<()> {
+    let mut next = start;
+    while next < input.columns.row.len() {
+        job.check()?;
+        let wave = wave(input, next);
+        let threads = input.settings.threads;
+        let encoded = par::try_map_blocks(wave.len(), BLOCK_ROWS, threads, |block| {
+            let rows = block.map(|i| {
+                job.check()?;
+                input.row(wave.start + i)
+            });
+            let encoded = encoder.encode_rows(rows)?;
+            job.advance(encoded.ends.len() as u64);
+            Ok(encoded)
+        })?;
+        next = wave.end;
+        add(wave, encoded)?;
+    }
+    Ok(())
+}
+
+/// The rows to encode.
+#[derive(Clone, Copy)]
+struct Input<'a> {
+    columns: &'a Inputs<'a>,
+    settings: &'a Settings<'a>,
+    texts: &'a Texts<'a>,
+}
+
+impl<'a> Input<'a> {
+    /// The text of row `i`, without its prompt.
+    fn bytes(&self, i: usize) -> Result<&'a [u8]> {
+        Ok(self.texts.try_get(column(self.columns.row, i)? as usize).unwrap_or_default())
+    }
+
+    /// Role, prompt and text of row `i`.
+    fn row(&self, i: usize) -> Result<(u8, &'a str, &'a str)> {
+        let prompt = usize::from(column(self.columns.prompt, i)?);
+        let prompt = self.settings.prompts.get(prompt).map_or("", String::as_str);
+        let text = self.texts.str(column(self.columns.row, i)? as usize)?;
+        Ok((column(self.columns.role, i)?, prompt, text))
+    }
+
+    /// Tokens of row `i`'s prompt, by role and prompt.
+    fn prompt_len(&self, i: usize, known: &[Vec<usize>], len: usize) -> Result<u16> {
+        let (role, prompt) = (column(self.columns.role, i)?, column(self.columns.prompt, i)?);
+        let known = known.get(usize::from(role)).and_then(|p| p.get(usize::from(prompt)));
+        // A prompt that was itself cut cannot be longer than the row.
+        let len = known.copied().unwrap_or(0).min(len);
+        u16::try_from(len).map_err(|_| {
+            Error::usage(format!("prompt {prompt} has {len} tokens"), "Use a shorter prompt")
+        })
+    }
+}
+
+/// The error of `refuse_long`: the first text above its limit, and how many there are.
+fn too_long(job: &Job, encoder: &Encoder, input: Input, count: u64) -> Error {
+    let mut first = String::from("the first is not known");
+    for i in 0..input.columns.row.len() {
+        let found = job.check().and_then(|()| input.row(i)).and_then(|(role, prompt, text)| {
+            let long = encoder.encode(role, prompt, text)?.truncated;
+            Ok(if long { Some(encoder.full_length(prompt, text)?) } else { None })
+        });
+        match found {
+            Err(error) => return error,
+            Ok(None) => {}
+            Ok(Some(length)) => {
+                let limit = input.columns.role.get(i).map(|role| usize::from(*role));
+                let limit = limit.and_then(|role| input.settings.max_length.get(role));
+                first = format!(
+                    "the first is row {i} with {length} tokens of {}",
+                    limit.copied().unwrap_or(0)
+                );
+                break;
+            }
+        }
+    }
+    Error::usage(
+        format!("{count} texts are longer than their limit: {first}"),
+        "Raise max_length, cut the texts, or let them be truncated",
+    )
 }
 
 /// Value `i` of a column whose length was checked.
@@ -159,16 +276,11 @@ fn column<T: Copy>(values: &[T], i: usize) -> Result<T> {
 
 /// The next rows to encode together. Small shards get small waves, so that a killed run has left
 /// its first shards behind by then.
-fn wave(
-    inputs: &Inputs,
-    settings: &Settings,
-    texts: &Texts,
-    start: usize,
-) -> std::ops::Range<usize> {
-    let limit = settings.shard_bytes.min(WAVE_BYTES);
+fn wave(input: Input, start: usize) -> Range<usize> {
+    let limit = input.settings.shard_bytes.min(WAVE_BYTES);
     let (mut end, mut bytes) = (start, 0);
-    while let Some(row) = inputs.row.get(end) {
-        bytes += texts.try_get(*row as usize).unwrap_or_default().len() as u64;
+    while let Ok(text) = input.bytes(end) {
+        bytes += text.len() as u64;
         end += 1;
         if bytes >= limit || end - start == WAVE_ROWS {
             break;
@@ -185,10 +297,11 @@ fn prompt_lengths(encoder: &Encoder, settings: &Settings) -> Result<Vec<Vec<usiz
     roles.map(of_role).collect()
 }
 
-/// Digest of what decides the shards' bytes, beside the columns and texts, which are compared.
+/// Digest of what decides the shards' bytes, beside the columns and texts, which are compared. The
+/// fast path is not in it: with or without it the ids are those of the library.
 fn params(inputs: &Inputs, settings: &Settings) -> String {
     let value = serde_json::json!({
-        "backend": BACKEND,
+        "backend": REFERENCE,
         "max_length": settings.max_length,
         "prompt": blake3_hex(bytemuck::cast_slice(inputs.prompt)),
         "prompts": settings.prompts,

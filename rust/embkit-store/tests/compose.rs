@@ -8,7 +8,7 @@ use embkit_core::{Error, Job, TextShard};
 use embkit_store::compose::{Merged, Plan, Stores, merge_rows, write};
 use embkit_store::read::Store;
 use embkit_store::records::identity;
-use embkit_store::tokenize::{Inputs, Settings, tokenize};
+use embkit_store::tokenize::{Backend, Inputs, Settings, tokenize};
 use std::path::{Path, PathBuf};
 
 const LIMITS: [u32; 3] = [8, 8, 8];
@@ -33,6 +33,8 @@ fn store(dir: &Path, texts: &[String], tokenizer: &str) -> usize {
         max_length: &LIMITS,
         shard_bytes: 200,
         threads: 1,
+        backend: Backend::Auto,
+        refuse_long: false,
     };
     tokenize(&Job::new(), dir, inputs, settings).unwrap().shards
 }

@@ -18,7 +18,7 @@ use embkit_core::container::Verify;
 use embkit_core::publish::{Op, publish_dir, with_hook};
 use embkit_core::{Error, Job, Result, TextShard};
 use embkit_store::read::Store;
-use embkit_store::tokenize::{Inputs, Report, Settings, tokenize};
+use embkit_store::tokenize::{Backend, Inputs, Report, Settings, tokenize};
 
 const ROWS: usize = 60;
 
@@ -43,6 +43,8 @@ fn write(dir: &Path, threads: usize) -> Result<Report> {
         max_length: &[16],
         shard_bytes: 600,
         threads,
+        backend: Backend::Auto,
+        refuse_long: false,
     };
     tokenize(&Job::new(), dir, inputs, settings)
 }

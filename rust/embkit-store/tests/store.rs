@@ -12,7 +12,7 @@ use embkit_core::container::Verify;
 use embkit_core::{Error, Job, TextShard};
 use embkit_store::naive;
 use embkit_store::read::Store;
-use embkit_store::tokenize::{Encoder, Inputs, Report, SHARD_BYTES, Settings, tokenize};
+use embkit_store::tokenize::{Backend, Encoder, Inputs, Report, SHARD_BYTES, Settings, tokenize};
 
 /// Everything that a tokenize call takes, owned.
 #[derive(Clone)]
@@ -88,6 +88,8 @@ impl Case {
             max_length: &self.max_length,
             shard_bytes: self.shard_bytes,
             threads: self.threads,
+            backend: Backend::Auto,
+            refuse_long: false,
         };
         tokenize(job, dir, inputs, settings)
     }
@@ -161,17 +163,20 @@ fn rows_equal_a_sequential_encode() {
 #[test]
 fn truncation_keeps_the_special_tokens_and_prompts_are_counted() {
     let long = "the tool search ".repeat(30);
-    let encoder = Encoder::new(&wordpiece(0), &[7, 64]).unwrap();
+    let encoder = Encoder::new(&wordpiece(0), &[7, 64], Backend::Auto).unwrap();
     let short = encoder.encode(0, "query: ", &long).unwrap();
     assert_eq!(short.ids, [2, 11, 12, 5, 6, 7, 3]);
     assert!(short.truncated);
     let exact = encoder.encode(0, "", "the tool search the tool").unwrap();
     assert_eq!((exact.ids.len(), exact.truncated), (7, false));
     // Without special tokens the limit is exact, too, from either side.
-    let limit = Encoder::new(&bytelevel(), &[3]).unwrap();
-    let cut = |json: &str, text| Encoder::new(json, &[3]).unwrap().encode(0, "", text).unwrap();
+    let limit = Encoder::new(&bytelevel(), &[3], Backend::Auto).unwrap();
+    let cut = |json: &str, text| {
+        Encoder::new(json, &[3], Backend::Auto).unwrap().encode(0, "", text).unwrap()
+    };
     assert!(!limit.encode(0, "", "abc").unwrap().truncated);
-    let (all, right) = (Encoder::new(&bytelevel(), &[9]).unwrap(), cut(&bytelevel(), "abcd the"));
+    let (all, right) =
+        (Encoder::new(&bytelevel(), &[9], Backend::Auto).unwrap(), cut(&bytelevel(), "abcd the"));
     let all = all.encode(0, "", "abcd the").unwrap().ids;
     assert_eq!((right.ids.as_slice(), right.truncated), (&all[..3], true));
     let left = bytelevel().replace(
@@ -184,7 +189,7 @@ fn truncation_keeps_the_special_tokens_and_prompts_are_counted() {
     assert_eq!(encoder.prompt_len(1, "query: ").unwrap(), 3);
     assert_eq!(encoder.prompt_len(1, "").unwrap(), 0);
     // No special token at the end: nothing to take off.
-    let bytes = Encoder::new(&bytelevel(), &[8]).unwrap();
+    let bytes = Encoder::new(&bytelevel(), &[8], Backend::Auto).unwrap();
     assert_eq!(bytes.prompt_len(0, "the t").unwrap(), 2);
 
     let case = Case::new(60, wordpiece(0), SHARD_BYTES);
@@ -298,6 +303,8 @@ fn a_failed_run_leaves_whole_shards_for_the_next() {
         max_length: &case.max_length,
         shard_bytes: case.shard_bytes,
         threads: 2,
+        backend: Backend::Auto,
+        refuse_long: false,
     };
     let err = tokenize(&Job::new(), dir.path(), inputs, settings).unwrap_err().to_string();
     assert!(err.contains("row 100 is not UTF-8"), "{err}");

@@ -1,13 +1,13 @@
 //! The token shards of a run: cut, published, adopted, renamed.
 //!
 //! A shard is built in memory and published whole as `texts-00003.safetensors` with its row-aligned
-//! `raw-00003.safetensors` (the raw file first, so a texts file always has its partner). Once the
-//! count is known all are renamed to `texts-00003-of-00016.safetensors`. A run that was killed
+//! `raw-00003.safetensors`; one without the other counts for nothing. Once the count is known all are renamed to `texts-00003-of-00016.safetensors`. A run that was killed
 //! finds its shards under either name and keeps those that verify.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::thread::{self, Scope, ScopedJoinHandle};
 
 use embkit_core::container::{self, Container, FileInfo, Tensor, Verify};
 use embkit_core::{Error, Result, Texts, publish};
@@ -20,7 +20,7 @@ pub const TEXTS_FORMAT: &str = "embkit.texts";
 pub const RAW_FORMAT: &str = "embkit.raw";
 /// Version of both.
 pub const VERSION: u32 = 1;
-/// The two files of a shard, in the order in which they are published.
+/// The two files of a shard.
 const STEMS: [(&str, &str); 2] = [("raw", RAW_FORMAT), ("texts", TEXTS_FORMAT)];
 /// Bytes of a row beside its tokens, rounded up (offset, text_id, cluster, role, source, prompt).
 const ROW_BYTES: u64 = 32;
@@ -80,6 +80,16 @@ struct Open {
     truncated: u64,
 }
 
+impl Open {
+    fn at(first_row: usize) -> Self {
+        Self { first_row, offsets: vec![0], raw_offsets: vec![0], ..Self::default() }
+    }
+
+    fn rows(&self) -> usize {
+        self.prompt_len.len()
+    }
+}
+
 /// A shard on disk.
 struct Done {
     /// Where raw and texts are now, in the order of [`STEMS`].
@@ -87,53 +97,46 @@ struct Done {
     infos: [FileInfo; 2],
 }
 
-/// Writes shards in row order.
-pub(crate) struct Writer<'a> {
-    dir: &'a Path,
-    inputs: &'a Inputs<'a>,
+/// Where shards go and what their rows are.
+pub(crate) struct Target<'a> {
+    pub(crate) dir: &'a Path,
+    pub(crate) inputs: &'a Inputs<'a>,
     /// Digest of everything else that decides the bytes; shards of another digest are not adopted.
-    params: String,
-    shard_bytes: u64,
-    is_wide: bool,
+    pub(crate) params: String,
+    pub(crate) shard_bytes: u64,
+    pub(crate) wide: bool,
+}
+
+/// Writes shards in row order. With a scope, a full shard is published beside what goes on, one at
+/// a time.
+pub(crate) struct Writer<'scope, 'a> {
+    target: &'a Target<'a>,
+    scope: Option<&'scope Scope<'scope, 'a>>,
     open: Open,
     done: Vec<Done>,
+    /// The shard that is being published.
+    busy: Option<ScopedJoinHandle<'scope, Result<Done>>>,
     pub(crate) tokens: u64,
     pub(crate) truncated: u64,
 }
 
-impl<'a> Writer<'a> {
-    pub(crate) fn new(
-        dir: &'a Path,
-        inputs: &'a Inputs<'a>,
-        params: String,
-        shard_bytes: u64,
-        is_wide: bool,
-    ) -> Self {
-        let mut writer = Self {
-            dir,
-            inputs,
-            params,
-            shard_bytes,
-            is_wide,
-            open: Open::default(),
+impl<'scope, 'a: 'scope> Writer<'scope, 'a> {
+    pub(crate) fn new(target: &'a Target<'a>, scope: Option<&'scope Scope<'scope, 'a>>) -> Self {
+        Self {
+            target,
+            scope,
+            open: Open::at(0),
             done: Vec::new(),
+            busy: None,
             tokens: 0,
             truncated: 0,
-        };
-        writer.restart(0);
-        writer
-    }
-
-    fn restart(&mut self, first_row: usize) {
-        self.open = Open { first_row, ..Open::default() };
-        self.open.offsets.push(0);
-        self.open.raw_offsets.push(0);
+        }
     }
 
     /// Keeps the shards of an earlier run from the first one on, as long as they verify and belong
     /// to this one. Returns the number of rows that are done.
     pub(crate) fn adopt(&mut self, texts: &Texts) -> Result<usize> {
-        let found = list(self.dir)?;
+        let found = list(self.target.dir)?;
         let none = Vec::new();
         loop {
             let index = self.done.len();
@@ -146,7 +149,7 @@ impl<'a> Writer<'a> {
             self.done.push(done);
             self.tokens += tokens;
             self.truncated += truncated;
-            self.restart(self.open.first_row + rows);
+            self.open = Open::at(self.open.first_row + rows);
         }
     }
 
@@ -156,7 +159,7 @@ impl<'a> Writer<'a> {
         let open = |path: &Path, format| {
             let c = Container::open(path, Verify::Open).ok()?;
             c.expect(format, VERSION).ok()?;
-            let same = c.metadata().get("params") == Some(&self.params)
+            let same = c.metadata().get("params") == Some(&self.target.params)
                 && c.metadata().get("first_row") == Some(&self.open.first_row.to_string());
             same.then_some(c)
         };
@@ -164,18 +167,19 @@ impl<'a> Writer<'a> {
         let file = open(tokens, TEXTS_FORMAT)?;
         let rows: usize = file.metadata().get("rows")?.parse().ok()?;
         let range = self.open.first_row..self.open.first_row.checked_add(rows)?;
+        let inputs = self.target.inputs;
         let same_columns = rows > 0
-            && file.slice::<u64>("text_id").ok()? == self.inputs.text_id.get(range.clone())?
-            && file.slice::<u64>("cluster").ok()? == self.inputs.cluster.get(range.clone())?
-            && file.slice::<u8>("role").ok()? == self.inputs.role.get(range.clone())?
-            && file.slice::<u16>("source").ok()? == self.inputs.source.get(range.clone())?;
+            && file.slice::<u64>("text_id").ok()? == inputs.text_id.get(range.clone())?
+            && file.slice::<u64>("cluster").ok()? == inputs.cluster.get(range.clone())?
+            && file.slice::<u8>("role").ok()? == inputs.role.get(range.clone())?
+            && file.slice::<u16>("source").ok()? == inputs.source.get(range.clone())?;
         let offsets = raw_file.slice::<u64>("offsets").ok()?;
         let bytes = raw_file.slice::<u8>("text").ok()?;
         if !same_columns || offsets.len() != rows + 1 {
             return None;
         }
         let there = TextShardRows { bytes, offsets };
-        for (local, row) in self.inputs.row.get(range)?.iter().enumerate() {
+        for (local, row) in inputs.row.get(range)?.iter().enumerate() {
             if there.get(local)? != texts.try_get(usize::try_from(*row).ok()?)? {
                 return None;
             }
@@ -195,18 +199,18 @@ impl<'a> Writer<'a> {
         prompt_len: u16,
         raw: &[u8],
     ) -> Result<()> {
-        let id_bytes = if self.is_wide { 4 } else { 2 };
-        let rows = self.open.prompt_len.len() as u64;
+        let id_bytes = if self.target.wide { 4 } else { 2 };
+        let rows = self.open.rows() as u64;
         let tokens = (self.open.narrow.len() + self.open.wide.len() + ids.len()) as u64;
-        let side = self.shard_bytes.saturating_mul(SIDE_FACTOR);
-        let full = tokens * id_bytes > self.shard_bytes
+        let side = self.target.shard_bytes.saturating_mul(SIDE_FACTOR);
+        let full = tokens * id_bytes > self.target.shard_bytes
             || (self.open.raw.len() + raw.len()) as u64 > side
             || (rows + 1) * ROW_BYTES > side;
         if full && rows > 0 {
             self.publish()?;
         }
         let open = &mut self.open;
-        if self.is_wide {
+        if self.target.wide {
             open.wide.extend_from_slice(ids);
         } else {
             // The largest id of the vocabulary fits, so this never cuts.
@@ -220,62 +224,43 @@ impl<'a> Writer<'a> {
         Ok(())
     }
 
+    /// Publishes the rows in hand as the next shard, after the one before.
     fn publish(&mut self) -> Result<()> {
-        let open = std::mem::take(&mut self.open);
-        let rows = open.prompt_len.len();
-        let range = open.first_row..open.first_row + rows;
-        let index = self.done.len();
-        let meta = |format: &str| {
-            BTreeMap::from([
-                ("format".to_string(), format.to_string()),
-                ("version".to_string(), VERSION.to_string()),
-                ("params".to_string(), self.params.clone()),
-                ("first_row".to_string(), open.first_row.to_string()),
-                ("rows".to_string(), rows.to_string()),
-                ("truncated".to_string(), open.truncated.to_string()),
-            ])
-        };
-        let raw_path = self.dir.join(name("raw", index, None));
-        let raw = [Tensor::vector("text", &open.raw), Tensor::vector("offsets", &open.raw_offsets)];
-        let raw_info = container::write(&raw_path, &raw, &meta(RAW_FORMAT))?;
-
-        let cut = || Error::usage("the columns are shorter than the rows", "Pass equal lengths");
-        let path = self.dir.join(name("texts", index, None));
-        let tokens = match self.is_wide {
-            true => Tensor::vector("tokens", &open.wide),
-            false => Tensor::vector("tokens", &open.narrow),
-        };
-        let columns = [
-            tokens,
-            Tensor::vector("offsets", &open.offsets),
-            Tensor::vector("text_id", self.inputs.text_id.get(range.clone()).ok_or_else(cut)?),
-            Tensor::vector("cluster", self.inputs.cluster.get(range.clone()).ok_or_else(cut)?),
-            Tensor::vector("role", self.inputs.role.get(range.clone()).ok_or_else(cut)?),
-            Tensor::vector("source", self.inputs.source.get(range.clone()).ok_or_else(cut)?),
-            Tensor::vector("prompt_len", &open.prompt_len),
-        ];
-        let info = container::write(&path, &columns, &meta(TEXTS_FORMAT))?;
-
+        self.wait()?;
+        let next = self.open.first_row + self.open.rows();
+        let open = std::mem::replace(&mut self.open, Open::at(next));
         self.tokens += open.offsets.last().copied().unwrap_or(0);
         self.truncated += open.truncated;
-        self.done.push(Done { paths: [raw_path, path], infos: [raw_info, info] });
-        self.restart(range.end);
+        let (target, index) = (self.target, self.done.len());
+        match self.scope {
+            Some(scope) => self.busy = Some(scope.spawn(move || target.write(index, &open, true))),
+            None => self.done.push(target.write(index, &open, false)?),
+        }
+        Ok(())
+    }
+
+    fn wait(&mut self) -> Result<()> {
+        if let Some(busy) = self.busy.take() {
+            self.done.push(joined(busy)?);
+        }
         Ok(())
     }
 
     /// Publishes the last shard, gives every file its final name, and removes shard files that do
     /// not belong to the set. Returns the files with what a manifest records of them.
     pub(crate) fn finish(&mut self) -> Result<BTreeMap<String, FileInfo>> {
-        if !self.open.prompt_len.is_empty() {
+        if self.open.rows() > 0 {
             self.publish()?;
         }
+        self.wait()?;
+        let dir = self.target.dir;
         let mut files = BTreeMap::new();
         let mut renames = Vec::new();
         let of = self.done.len();
         for (index, done) in self.done.iter().enumerate() {
             for (((stem, _), path), info) in STEMS.iter().zip(&done.paths).zip(&done.infos) {
                 let name = name(stem, index, Some(of));
-                let to = self.dir.join(&name);
+                let to = dir.join(&name);
                 if *path != to {
                     renames.push((path.clone(), to));
                 }
@@ -287,9 +272,9 @@ impl<'a> Writer<'a> {
             let name = path.file_name().and_then(|n| n.to_str());
             sources.contains(path) || name.is_some_and(|n| files.contains_key(n))
         };
-        let mut left_over: Vec<PathBuf> = list(self.dir)?.into_values().flatten().collect();
+        let mut left_over: Vec<PathBuf> = list(dir)?.into_values().flatten().collect();
         left_over.retain(|path| !of_this_run(path));
-        publish::settle(self.dir, &renames, &left_over)?;
+        publish::settle(dir, &renames, &left_over)?;
         Ok(files)
     }
 
@@ -297,6 +282,55 @@ impl<'a> Writer<'a> {
     pub(crate) fn shards(&self) -> usize {
         self.done.len()
     }
+}
+
+impl Target<'_> {
+    /// Writes and publishes one shard; with `beside` its two files at the same time.
+    fn write(&self, index: usize, open: &Open, beside: bool) -> Result<Done> {
+        let range = open.first_row..open.first_row + open.rows();
+        let meta = |format: &str| {
+            BTreeMap::from([
+                ("format".to_string(), format.to_string()),
+                ("version".to_string(), VERSION.to_string()),
+                ("params".to_string(), self.params.clone()),
+                ("first_row".to_string(), open.first_row.to_string()),
+                ("rows".to_string(), open.rows().to_string()),
+                ("truncated".to_string(), open.truncated.to_string()),
+            ])
+        };
+        let [raw_path, path] = STEMS.map(|(stem, _)| self.dir.join(name(stem, index, None)));
+        let raw = [Tensor::vector("text", &open.raw), Tensor::vector("offsets", &open.raw_offsets)];
+        let cut = || Error::usage("the columns are shorter than the rows", "Pass equal lengths");
+        let inputs = self.inputs;
+        let columns = [
+            match self.wide {
+                true => Tensor::vector("tokens", &open.wide),
+                false => Tensor::vector("tokens", &open.narrow),
+            },
+            Tensor::vector("offsets", &open.offsets),
+            Tensor::vector("text_id", inputs.text_id.get(range.clone()).ok_or_else(cut)?),
+            Tensor::vector("cluster", inputs.cluster.get(range.clone()).ok_or_else(cut)?),
+            Tensor::vector("role", inputs.role.get(range.clone()).ok_or_else(cut)?),
+            Tensor::vector("source", inputs.source.get(range).ok_or_else(cut)?),
+            Tensor::vector("prompt_len", &open.prompt_len),
+        ];
+        let write_raw = || container::write(&raw_path, &raw, &meta(RAW_FORMAT));
+        let write_texts = || container::write(&path, &columns, &meta(TEXTS_FORMAT));
+        let infos = match beside {
+            true => thread::scope(|scope| {
+                let raw = scope.spawn(write_raw);
+                let texts = write_texts();
+                Ok::<_, Error>([joined(raw)?, texts?])
+            })?,
+            false => [write_raw()?, write_texts()?],
+        };
+        Ok(Done { paths: [raw_path, path], infos })
+    }
+}
+
+/// What a thread returns; its panic goes on in this one.
+pub(crate) fn joined<T>(thread: ScopedJoinHandle<T>) -> T {
+    thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
 }
 
 /// Local rows of a raw shard.

@@ -23,7 +23,7 @@ use build::{parts, reseal};
 use common::{table, text, wordpiece};
 use embkit_core::container::{Container, Dtype, Tensor, Verify, write};
 use embkit_core::{Error, Job, TextShard};
-use embkit_store::tokenize::{Inputs, Settings, tokenize};
+use embkit_store::tokenize::{Backend, Inputs, Settings, tokenize};
 use mutate::{Rng, flip, mutate_json, reseal_blocks};
 
 const SLOW: Duration = Duration::from_millis(50);
@@ -182,6 +182,8 @@ fn seed_store(dir: &Path) {
         max_length: &[16, 16],
         shard_bytes: 190,
         threads: 1,
+        backend: Backend::Auto,
+        refuse_long: false,
     };
     assert_eq!(tokenize(&Job::new(), dir, inputs, settings).unwrap().shards, 2);
 }

@@ -6,6 +6,7 @@ and includes the comparison of a sample that every run begins with.
 
 from __future__ import annotations
 
+import importlib
 import os
 import tempfile
 from functools import cache
@@ -146,8 +147,7 @@ def _tokie(tokenizer_json: str, items: list[str]) -> Any:
     Raises:
         ImportError: not installed.
     """
-    import tokie
-
+    tokie: Any = importlib.import_module("tokie")
     with tempfile.TemporaryDirectory(prefix="embkit-bench-") as home:
         path = Path(home) / "tokenizer.json"
         path.write_text(tokenizer_json, encoding="utf-8")

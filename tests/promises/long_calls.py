@@ -60,6 +60,14 @@ def add_jsonl(size: int) -> Call:
     return lambda progress: _rust.RecordsBuilder().add_jsonl(path, "s", "t", progress=progress)
 
 
+def add_arrow(size: int) -> Call:
+    import pyarrow as pa
+
+    one = pa.table({"query": [f"q{i}" for i in range(2000)], "positive": ["a passage"] * 2000})
+    rows = pa.concat_tables([one] * size)
+    return lambda progress: _rust.RecordsBuilder().add_arrow(rows, "s", "t", progress=progress)
+
+
 def near_duplicates(size: int) -> Call:
     one = shard(1000 * size, 60)
     return lambda progress: _rust.near_duplicates([one], threads=1, progress=progress)
@@ -81,6 +89,36 @@ def tokenize(size: int) -> Call:
     )  # fmt: skip
 
 
+def part(copies: int) -> tuple[list[tuple[Path, int]], int]:
+    """A small store, so many times over, and the rows of all."""
+    n, out = 5000, SCRATCH / "part"
+    one, rows = shard(n, 20), np.arange(n, dtype=np.uint64)
+    zeros = {kind: np.zeros(n, kind) for kind in (np.uint8, np.uint16)}
+    done = _rust.tokenize(
+        out, [one], rows, zeros[np.uint16], [""], zeros[np.uint8], zeros[np.uint16], rows, rows,
+        TOKENIZER, [64],
+    )  # fmt: skip
+    return [(out, done["shards"])] * copies, n * copies
+
+
+def merge_rows(size: int) -> Call:
+    stores, n = part(4 * size)
+    form, source = np.zeros(n, np.uint8), np.zeros(n, np.uint16)
+    return lambda progress: _rust.merge_rows(stores, form, source, [64] * 3, progress=progress)
+
+
+def compose_store(size: int) -> Call:
+    stores, n = part(4 * size)
+    out = SCRATCH / f"composed-{size}"
+    out.mkdir()
+    rows = np.arange(n, dtype=np.uint64)[::-1].copy()  # backwards: no shard stays as it is
+    role, source = np.zeros(n, np.uint8), np.zeros(n, np.uint16)
+    return lambda progress: _rust.compose_store(
+        out, stores, rows, rows, rows, role, source, "digest", [64] * 3, shard_bytes=1 << 16,
+        progress=progress,
+    )  # fmt: skip
+
+
 def topk(size: int) -> Call:
     queries, corpus = vectors(500 * size), vectors(4000)
     return lambda progress: _rust.topk(queries, corpus, 50, threads=1, progress=progress)
@@ -99,10 +137,13 @@ def filter_negatives(size: int) -> Call:
 
 
 CASES: dict[str, Callable[[int], Call]] = {
+    "RecordsBuilder.add_arrow": add_arrow,
     "RecordsBuilder.add_jsonl": add_jsonl,
     "RecordsBuilder.add_lines": add_lines,
+    "compose_store": compose_store,
     "contamination": contamination,
     "filter_negatives": filter_negatives,
+    "merge_rows": merge_rows,
     "near_duplicates": near_duplicates,
     "tokenize": tokenize,
     "topk": topk,

@@ -1,6 +1,6 @@
 //! The fast path against crate `tokenizers`, differentially: tokenizers of every known kind, texts
-//! of every kind that could tell them apart. EMBKIT_TEST_FULL=1 takes ten times as many, and every
-//! code point.
+//! of every kind that could tell them apart. EMBKIT_TEST_FULL=1 takes many more, and a seventh of all
+//! code points for each tokenizer.
 
 mod common;
 
@@ -189,6 +189,9 @@ fn bpe(pre: Value, whole: bool, added: bool, normalizer: Value) -> String {
         }
         merges.push(pair);
     }
+    // No UTF-8 has this byte, and real vocabularies leave it out.
+    let unused = pieces.iter().position(|piece| piece == "ÿ").unwrap();
+    pieces[unused] = "in place of a byte".into();
     // In the vocabulary, but no merge makes it: `ignore_merges` takes it.
     pieces.push("Ġzebra".into());
     let vocab: Map<String, Value> =
@@ -305,7 +308,7 @@ fn the_same_ids_on_every_character() {
             }
             // More where the letters are.
             c += match c {
-                _ if full() => 1,
+                _ if full() => 7,
                 0..0x3100 => 97,
                 0x3100..0x2_0000 => 1009,
                 _ => 60_013,

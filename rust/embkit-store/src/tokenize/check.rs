@@ -76,3 +76,82 @@ fn class(text: &[u8]) -> usize {
     let length = (text.len() / 16 + 1).ilog(4) as usize;
     length.min(LENGTHS - 1) * SHARES + share
 }
+
+#[cfg(test)]
+#[path = "../../tests/common/mod.rs"]
+mod common;
+
+#[cfg(test)]
+mod tests {
+    use super::super::{Backend, Inputs, SHARD_BYTES, Settings};
+    use super::common::{table, wordpiece};
+    use super::*;
+    use embkit_core::{TextShard, Texts};
+
+    fn with_input<T>(texts: &[String], json: &str, work: impl FnOnce(Input) -> T) -> T {
+        let (bytes, offsets) = table(texts);
+        let rows: Vec<u64> = (0..texts.len() as u64).collect();
+        let zeros = vec![0; texts.len()];
+        let shards = [TextShard { bytes: &bytes, offsets: &offsets }];
+        let columns = Inputs {
+            texts: &shards,
+            row: &rows,
+            prompt: &zeros,
+            role: &vec![0; texts.len()],
+            source: &zeros,
+            text_id: &rows,
+            cluster: &rows,
+        };
+        let settings = Settings {
+            prompts: &[String::new()],
+            tokenizer_json: json,
+            max_length: &[64],
+            shard_bytes: SHARD_BYTES,
+            threads: 2,
+            backend: Backend::Auto,
+            refuse_long: false,
+        };
+        let texts = Texts::new(columns.texts).unwrap();
+        work(Input { columns: &columns, settings: &settings, texts: &texts })
+    }
+
+    /// Ten thousand short texts, and one each of some rare kinds at the end.
+    fn texts() -> Vec<String> {
+        let mut texts: Vec<String> = (0..10_000).map(|i| format!("tool {i}")).collect();
+        texts.extend(["naïve tool".repeat(40), "中文".into(), "search ".repeat(5000), "é".into()]);
+        texts
+    }
+
+    #[test]
+    fn every_kind_of_text_is_in_the_sample_at_any_number_of_threads() {
+        let texts = texts();
+        with_input(&texts, &wordpiece(0), |input| {
+            let found = sample(input, 1).unwrap();
+            assert_eq!(found, sample(input, 3).unwrap());
+            assert_eq!(found.len(), FEW + texts.len() / ONE_IN);
+            assert!(found.ends_with(&[10_000, 10_001, 10_002, 10_003]));
+            assert!(found.windows(2).all(|pair| pair[0] < pair[1]));
+        });
+        with_input(&texts[..5], &wordpiece(0), |input| {
+            assert_eq!(sample(input, 1).unwrap(), [0, 1, 2, 3, 4]);
+        });
+    }
+
+    #[test]
+    fn a_wrong_fast_path_is_found_before_anything_is_written() {
+        let json = wordpiece(0);
+        // It differs in one rare word only, which one text of all has.
+        let wrong = json.replace("\"zebra\":", "\"zebrb\":");
+        assert_ne!(json, wrong);
+        let mut texts = texts();
+        texts[10_001] = "zebra 中文".into();
+        with_input(&texts, &json, |input| {
+            let encoder = |json| Encoder::new(json, &[64], Backend::Auto).unwrap();
+            let mut own = encoder(&json);
+            assert_eq!(disagreement(&Job::new(), &own, input).unwrap(), None);
+            own.take_fast(encoder(&wrong));
+            let found = disagreement(&Job::new(), &own, input).unwrap().unwrap();
+            assert!(found.contains("row 10001 differ"), "{found}");
+        });
+    }
+}

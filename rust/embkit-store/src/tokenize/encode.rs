@@ -147,6 +147,12 @@ impl Encoder {
         self.fast.as_ref().err().map(String::as_str)
     }
 
+    /// Takes another tokenizer's fast path, which is wrong.
+    #[cfg(test)]
+    pub(super) fn take_fast(&mut self, other: Self) {
+        (self.fast, self.idle) = (other.fast, other.idle); // caches hold its ids
+    }
+
     /// Gives up the fast path.
     pub(super) fn without_fast(&mut self, reason: String) {
         self.fast = Err(reason);

@@ -86,6 +86,7 @@ def damaged(whole: bytes, rng: random.Random, share: float) -> Iterator[tuple[st
                 yield f"sectors {j} and {i} swapped", b"".join(swapped)
 
 
+@pytest.mark.timeout(1800)
 def test_flip_every_byte(one_shard: Path, tmp_path: Path) -> None:
     """P6: with verify="open" any damage to any file of a store is an error of ours."""
     share = full_count(1000, 20) / 1000

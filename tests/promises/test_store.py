@@ -109,6 +109,21 @@ def test_flip_every_byte(one_shard: Path, tmp_path: Path) -> None:
     assert tried.total() > full_count(200_000, 2000)
 
 
+def test_a_sound_file_of_another_directory_is_noticed(
+    built: Path, one_shard: Path, tmp_path: Path
+) -> None:
+    """P6: a manifest pins the content of its files, not just that they are sound."""
+    other = one_shard.parent
+    for stage, load in (("records", data.Records.open), ("store", data.Store)):
+        for path in sorted((built / stage).glob("examples-*.safetensors")):
+            copy = tmp_path / f"{stage}-{path.name}"
+            shutil.copytree(built / stage, copy)
+            load(copy)
+            shutil.copy(other / stage / path.name, copy / path.name)
+            with pytest.raises(CorruptError, match="not the one that was published"):
+                load(copy)
+
+
 # ---------------------------------------------------------------- P10, P13: the same bytes
 
 

@@ -22,7 +22,7 @@ from embkit.data import sources as src
 from embkit.data.tables import Examples, Texts, concatenate, from_builder
 from embkit.errors import CorruptError, UsageError
 from embkit.progress import bar
-from embkit.stage import local, stage
+from embkit.stage import check_files, local, stage
 
 KIND = "embkit.records"
 _COLUMNS_HINT = (
@@ -50,10 +50,10 @@ class Records:
         """Records that a stage has written.
 
         Raises:
-            CorruptError: not a records directory, or damaged.
+            CorruptError: not a records directory, or a file is missing or is another one.
         """
         directory = Path(directory)
-        container.read_manifest(directory, kind=KIND)
+        check_files(directory, container.read_manifest(directory, kind=KIND))
         return cls(path=directory)
 
     @cached_property

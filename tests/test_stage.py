@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from embkit import _rust, stage
-from embkit.container import read_manifest
-from embkit.errors import CorruptError, UsageError
+from embkit.container import read_manifest, write_manifest
+from embkit.errors import CorruptError, FormatError, UsageError
 
 
 def run(out: Path, *, value: int = 1, inputs: tuple[Path, ...] = (), fresh: bool = False) -> bool:
@@ -127,3 +127,17 @@ def test_wrong_outputs_and_parameters(tmp_path: Path) -> None:
         pass
     with pytest.raises(FileNotFoundError):
         run(tmp_path / "out", inputs=(tmp_path / "missing",))
+
+
+def test_an_output_of_a_newer_embkit_is_not_replaced(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert run(out)
+    manifest = read_manifest(out)
+    manifest.pop("crc32c", None)
+    write_manifest(out, {**manifest, "version": 99, "embkit": "7.8.9"})
+    before = (out / "manifest.json").read_bytes()
+    for value in (1, 2):
+        with pytest.raises(FormatError, match=r"7\.8\.9"):
+            run(out, value=value)
+    assert (out / "manifest.json").read_bytes() == before
+    assert run(out, value=2, fresh=True)  # when the user says so

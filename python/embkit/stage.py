@@ -107,7 +107,11 @@ def stage(
     out.parent.mkdir(parents=True, exist_ok=True)
     if fresh:
         shutil.rmtree(partial_dir(out, digest), ignore_errors=True)
-        if is_done(out, digest):
+        try:
+            there = is_done(out, digest)
+        except FormatError:
+            there = True  # the user says that it may go
+        if there:
             (out / "manifest.json").unlink()
             shutil.rmtree(out)
     work = Stage(out, record["format"], digest, record)
@@ -149,7 +153,11 @@ def partial_dir(out: Path, digest: str) -> Path:
 
 
 def is_done(out: Path, digest: str) -> bool:
-    """Whether ``out`` is a published output with this digest and none of its files is damaged."""
+    """Whether ``out`` is a published output with this digest and none of its files is damaged.
+
+    Raises:
+        FormatError: a newer embkit wrote it; that is no reason to replace it.
+    """
     if not (out / "manifest.json").is_file():
         return False
     try:
@@ -157,6 +165,8 @@ def is_done(out: Path, digest: str) -> bool:
         if manifest.get("digest") != digest:
             return False
         check_files(out, manifest)
+    except FormatError:
+        raise
     except CorruptError:
         return False
     return True

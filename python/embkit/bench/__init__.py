@@ -29,6 +29,23 @@ from embkit.errors import EmbkitError, UsageError, nearest
 GROUPS = ("store", "dedup", "mine", "kernels", "soup")
 
 
+@dataclass
+class Sample:
+    """One timed call: seconds of CPU (user and system, children too) and wall, bytes at the peak."""
+
+    cpu: float
+    wall: float
+    peak: int
+
+
+@dataclass
+class Reported:
+    """What a way returns that ran, and was measured, in another process."""
+
+    value: Any
+    sample: Sample
+
+
 @dataclass(kw_only=True)
 class Case:
     """One row to be: the work, ours and the rivals.
@@ -44,6 +61,12 @@ class Case:
         floor, goal: wanted rate or ratio, as the docs state them.
         facts: further fields of the row (n, d, k, isa, data ...).
         skipped: rivals that cannot run here, with the reason.
+        measure: ``"rate"``: the value is work per CPU-second; ``"cpu"`` or ``"wall"``: the time of
+            one unit of work, as the unit says (``"ns/row"``, ``"ms"``). A ratio above 1 means that
+            ours is faster in either.
+        derive: further facts, from the median sample of each way.
+        rounds: timed rounds, for work that is too long for the usual number.
+        close: gives back what the case holds: files, processes.
     """
 
     name: str
@@ -57,11 +80,25 @@ class Case:
     goal: str | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
     skipped: Mapping[str, str] = field(default_factory=dict)
+    measure: str = "rate"
+    derive: Callable[[Mapping[str, Sample]], Mapping[str, Any]] | None = None
+    rounds: int | None = None
+    close: Callable[[], None] | None = None
+
+    def value(self, sample: Sample) -> float:
+        """A sample in the case's unit."""
+        if self.measure == "rate":
+            return self.work / sample.cpu
+        seconds = sample.cpu if self.measure == "cpu" else sample.wall
+        return seconds / self.work * _PER_SECOND[self.unit.split("/")[0]]
+
+
+_PER_SECOND = {"s": 1.0, "ms": 1e3, "us": 1e6, "ns": 1e9}
 
 
 @dataclass(kw_only=True)
 class Row:
-    """One result; `value` and `peer_value` are work per CPU-second with one thread."""
+    """One result; `value` and `peer_value` are work per CPU-second with one thread, or times."""
 
     name: str
     value: float
@@ -83,13 +120,6 @@ class Row:
     versions: Mapping[str, str]
 
 
-@dataclass
-class _Sample:
-    cpu: float
-    wall: float
-    peak: int
-
-
 def run_case(case: Case, *, rounds: int = 5, threads: int = 1) -> list[Row]:
     """Measure a case; one row per rival, or one row without a peer.
 
@@ -99,7 +129,7 @@ def run_case(case: Case, *, rounds: int = 5, threads: int = 1) -> list[Row]:
     """
     ways = {"embkit": case.ours, **case.rivals}
     with _threads(threads):
-        first = {name: way() for name, way in ways.items()}
+        first = {name: _value(way()) for name, way in ways.items()}
         if case.check is not None:
             for name in case.rivals:
                 try:
@@ -109,36 +139,43 @@ def run_case(case: Case, *, rounds: int = 5, threads: int = 1) -> list[Row]:
                         f"{case.name}: the results of embkit and {name} differ: {error}"
                     ) from error
         first.clear()
-        samples: dict[str, list[_Sample]] = {name: [] for name in ways}
-        for _ in range(rounds):
+        samples: dict[str, list[Sample]] = {name: [] for name in ways}
+        for _ in range(case.rounds or rounds):
             for name, way in ways.items():
-                samples[name].append(_measure(way))
+                samples[name].append(measure(way))
     wall2 = None
     if (os.cpu_count() or 1) > 1:
         with _threads(2):
-            wall2 = case.work / statistics.median(_measure(case.ours).wall for _ in range(rounds))
-    ours = _median(samples["embkit"])
-    rate = case.work / ours.cpu
+            twice = [measure(case.ours).wall for _ in range(case.rounds or rounds)]
+            wall2 = case.work / statistics.median(twice)
+    medians = {name: _median(found) for name, found in samples.items()}
+    facts = dict(case.facts) | dict(case.derive(medians) if case.derive else {})
+    ours = medians["embkit"]
+    value = case.value(ours)
     rows = []
     for peer in case.rivals or (None,):
-        theirs = _median(samples[peer]) if peer else None
+        theirs = medians[peer] if peer else None
+        peer_value = case.value(theirs) if theirs else None
+        ratio = None
+        if peer_value:
+            ratio = value / peer_value if case.measure == "rate" else peer_value / value
         rows.append(
             Row(
                 name=case.name,
-                value=rate,
+                value=value,
                 unit=case.unit,
                 peer=peer,
-                peer_value=case.work / theirs.cpu if theirs else None,
-                ratio=theirs.cpu / ours.cpu if theirs else None,
+                peer_value=peer_value,
+                ratio=ratio,
                 wall=case.work / ours.wall,
                 wall2=wall2,
                 peak_bytes=ours.peak,
                 peer_peak_bytes=theirs.peak if theirs else None,
                 limit=case.limit[0] if case.limit else None,
-                limit_share=rate / case.limit[1] if case.limit else None,
+                limit_share=value / case.limit[1] if case.limit else None,
                 floor=case.floor,
                 goal=case.goal,
-                facts=case.facts,
+                facts=facts,
                 machine=machine(),
                 commit=commit(),
                 versions=versions(),
@@ -160,7 +197,11 @@ def run_group(group: str, *, quick: bool = False) -> Iterator[Row | str]:
             continue
         for rival, reason in case.skipped.items():
             yield f"{case.name}: without {rival}, {reason}"
-        yield from run_case(case, rounds=3 if quick else 5)
+        try:
+            yield from run_case(case, rounds=3 if quick else 5)
+        finally:
+            if case.close is not None:
+                case.close()
 
 
 def table(rows: list[Row]) -> str:
@@ -239,24 +280,36 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _median(samples: list[_Sample]) -> _Sample:
-    return _Sample(
+def _median(samples: list[Sample]) -> Sample:
+    return Sample(
         cpu=max(statistics.median(s.cpu for s in samples), 1e-9),
         wall=max(statistics.median(s.wall for s in samples), 1e-9),
         peak=max(s.peak for s in samples),
     )
 
 
-def _measure(way: Callable[[], Any]) -> _Sample:
+def measure(way: Callable[[], Any]) -> Sample:
+    """Time one call; a way that reports from another process is believed."""
     gc.collect()
     before = _reset_peak()
-    cpu, wall = time.process_time(), time.perf_counter()
+    cpu, wall = _cpu(), time.perf_counter()
     result = way()
     _synchronize()
-    cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
+    cpu, wall = _cpu() - cpu, time.perf_counter() - wall
+    if isinstance(result, Reported):
+        return result.sample
     peak = _peak() - before
     del result
-    return _Sample(cpu, wall, max(peak, 0))
+    return Sample(cpu, wall, max(peak, 0))
+
+
+def _value(result: Any) -> Any:
+    return result.value if isinstance(result, Reported) else result
+
+
+def _cpu() -> float:
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.process_time() + children.ru_utime + children.ru_stime
 
 
 def _synchronize() -> None:

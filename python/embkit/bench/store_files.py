@@ -1,0 +1,220 @@
+"""Rows about a store's files: written, opened, verified, and read from a disk that is cold."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from embkit import _rust, container
+from embkit.bench import Case
+from embkit.bench.rivals import Job
+from embkit.bench.store_data import LENGTH, corpus_store, made_store, passages, roomy
+from embkit.data import Store
+from embkit.data.tables import Array
+
+_ROWS_OF_10_GB = 18_500_000  # of 256 tokens on average
+_PEERS = {
+    "MDS": "mds",
+    "litdata": "litdata",
+    "webdataset": "webdataset",
+    "HF datasets": "datasets",
+}
+
+
+def write(quick: bool) -> Case:
+    """Ids in memory to shards on the disk."""
+    made = passages(quick, 4_000 if quick else 60_000)
+    job = Job(made.flat, made.offsets, batch=1)
+    running, skipped = job.start(_PEERS)
+    home = tempfile.TemporaryDirectory(prefix="embkit-bench-", dir=roomy())
+    path = Path(home.name)
+    n, tokens = len(made.rows), int(made.offsets[-1])
+    number, zeros = np.arange(n, dtype=np.uint64), np.zeros(n, np.uint16)
+    offsets = made.offsets.astype(np.uint64)
+
+    def ours() -> None:
+        """A shard as tokenization publishes it: checksums, fsync, rename."""
+        columns = {
+            "tokens": made.flat,
+            "offsets": offsets,
+            "text_id": number,
+            "cluster": number,
+            "role": np.zeros(n, np.uint8),
+            "source": zeros,
+            "prompt_len": zeros,
+        }
+        meta = {"first_row": "0", "rows": str(n), "params": "bench", "truncated": "0"}
+        container.save(path / "a.safetensors", columns, kind="embkit.texts", metadata=meta)
+
+    def by_record() -> None:
+        ends = made.offsets.tolist()
+        with (path / "b.bin").open("wb") as out:
+            for a, b in zip(ends[:-1], ends[1:], strict=True):
+                out.write(made.flat[a:b].tobytes())
+        np.save(path / "b.npy", made.offsets)
+
+    def whole() -> None:
+        made.flat.tofile(path / "c.bin")
+        np.save(path / "c.npy", made.offsets)
+
+    rivals: dict[str, Callable[[], Any]] = {
+        "numpy, record by record (no checksum, no fsync)": by_record,
+        "numpy tofile of all (no checksum, no fsync)": whole,
+    }
+    rivals |= {name: partial(rival.round, "write") for name, rival in running.items()}
+
+    def close() -> None:
+        job.close()
+        home.cleanup()
+
+    return Case(
+        name="store.write",
+        unit="tokens/s",
+        work=float(tokens),
+        ours=ours,
+        rivals=rivals,
+        skipped=skipped,
+        floor="1x numpy record by record",
+        goal="200 Mtokens/s",
+        facts={"bytes": int(made.flat.nbytes), "n": n, "data": made.data},
+        close=close,
+    )
+
+
+_OPEN = ExitStack()
+
+
+@cache
+def large_store(quick: bool) -> Path:
+    """A store of 10 GB (quick: of 50 MB) with examples; removed by :func:`close_large`."""
+    rows = 90_000 if quick else _ROWS_OF_10_GB
+    return _OPEN.enter_context(made_store(rows, length=256, examples=True, negatives=1))
+
+
+def close_large() -> None:
+    """Remove what :func:`large_store` has made."""
+    _OPEN.close()
+    large_store.cache_clear()
+
+
+def opened(quick: bool) -> Case:
+    """Open a large store through the public class."""
+    large = large_store(quick)
+    stack = ExitStack()
+    small = stack.enter_context(made_store(90_000, length=256))
+    size = sum(p.stat().st_size for p in large.rglob("*") if p.is_file())
+    drop(large)
+    started = time.perf_counter()
+    shards = Store(large).rows_store.shards
+    cold = 1e3 * (time.perf_counter() - started)
+    return Case(
+        name="store.open",
+        unit="ms",
+        work=1.0,
+        measure="wall",
+        ours=partial(Store, large),
+        rivals={"a store of one shard": partial(Store, small)},
+        goal="20 ms, memory independent of size",
+        facts={"bytes": size, "shards": shards, "first_open_from_disk_ms": cold},
+        close=stack.close,
+    )
+
+
+def verify(quick: bool) -> Case:
+    """An epoch of batches over a freshly opened store, with checksums on first touch and without."""
+    path = corpus_store(quick).path
+    tokens = corpus_store(quick).tokens
+    first: dict[str, list[float]] = {"first-touch": [], "off": []}
+
+    def epoch(mode: str) -> None:
+        store = Store(path, verify=mode)
+        _read(store.rows_store, store.rows, 32, first[mode])
+
+    def derive(found: Any) -> dict[str, float]:
+        checked, unchecked = found["embkit"].cpu, found['verify="off"'].cpu
+        return {
+            "share": checked / unchecked - 1,
+            "first_batch_ms": 1e3 * float(np.median(first["first-touch"])),
+            "first_batch_off_ms": 1e3 * float(np.median(first["off"])),
+        }
+
+    return Case(
+        name="store.verify",
+        unit="tokens/s",
+        work=float(tokens),
+        ours=partial(epoch, "first-touch"),
+        rivals={'verify="off"': partial(epoch, "off")},
+        goal="share < 5 %",
+        facts={"n": len(corpus_store(quick)), "batch": 32},
+        derive=derive,
+    )
+
+
+def cold(quick: bool) -> Case:
+    """Batches of rows at random places of a store that is not in the page cache."""
+    stack = ExitStack()
+    rows = 90_000 if quick else 4_000_000
+    home = stack.enter_context(made_store(rows, length=200, examples=True, negatives=1))
+    size = 64
+    steps = 4 if quick else 16
+    epoch = iter(range(1 << 30))
+
+    def read(ahead: bool) -> int:
+        from embkit.data import Batches
+
+        drop(home)
+        made = Batches(home, batch_size=size, hard_negatives=1, seed=next(epoch))
+        return sum(len(batch.rows) for batch in made.stream(0, steps))
+
+    work = float(read(True))
+    biggest = max(home.glob("*.safetensors"), key=lambda p: p.stat().st_size)
+    return Case(
+        name="store.cold",
+        unit="us/row",
+        work=work,
+        measure="wall",
+        ours=partial(read, True),
+        rivals={"without reading ahead": partial(read, False)},
+        goal="disk bandwidth",
+        facts={"n": rows, "batch": size, "sequential_bytes_per_s": _sequential(biggest)},
+        close=stack.close,
+    )
+
+
+def drop(home: Path) -> None:
+    """Drop a folder's files from the page cache; they must not be mapped."""
+    os.sync()
+    for path in home.rglob("*"):
+        if path.is_file():
+            handle = os.open(path, os.O_RDONLY)
+            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(handle)
+
+
+def _sequential(path: Path) -> float:
+    """Bytes a second of a cold file, read from beginning to end."""
+    drop(path.parent)
+    started = time.perf_counter()
+    with path.open("rb", buffering=0) as file:
+        while file.read(4 << 20):
+            pass
+    return path.stat().st_size / (time.perf_counter() - started)
+
+
+def _read(store: Any, rows: int, batch: int, first: list[float]) -> None:
+    """All rows in shuffled padded batches; the seconds until the first go to `first`."""
+    ids, mask = (np.empty(batch * LENGTH, np.int64) for _ in range(2))
+    started = time.perf_counter()
+    order: Array = _rust.permute(rows, 1, 0, rows)
+    for start in range(0, rows, batch):
+        store.gather_padded(order[start : start + batch], ids, mask, 0)
+        if start == 0:
+            first.append(time.perf_counter() - started)

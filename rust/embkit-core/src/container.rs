@@ -282,6 +282,16 @@ impl Container {
         Ok(bytemuck::try_cast_slice(bytes).ok())
     }
 
+    /// Elements `range` of a column as far as they lie inside it, without verifying any block:
+    /// for readers that only want them near the processor before they ask for [`Container::items`].
+    #[inline]
+    pub fn peek<T: Element>(&self, column: Column<T>, range: Range<usize>) -> &[T] {
+        let start = column.start + range.start.min(column.len) * size_of::<T>();
+        let end = column.start + range.end.min(column.len) * size_of::<T>();
+        bytemuck::try_cast_slice(self.map.bytes().get(start..end).unwrap_or_default())
+            .unwrap_or_default()
+    }
+
     /// Asks the system to read elements `range` of a column into memory, without waiting.
     pub fn will_need<T: Element>(&self, column: Column<T>, range: Range<usize>) {
         let size = size_of::<T>();

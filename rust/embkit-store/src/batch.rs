@@ -291,13 +291,18 @@ impl Loader {
         let start = number * SUPERBLOCK * size;
         let examples = self.plan.range(part.task, part.epoch, start, batches * size);
         let key = self.plan.key("positive", part.task, part.epoch);
-        let keys = examples.iter().map(|example| {
-            let line = table.line(*example);
-            let query = self.store.cluster_of(table.query(line)?)?;
-            let positive = self.store.cluster_of(table.positive(*example, line, key)?)?;
-            Ok([query, positive])
-        });
-        let keys: Vec<[u64; 2]> = keys.collect::<Result<_>>()?;
+        let mut keys: Vec<[u64; 2]> = Vec::with_capacity(examples.len());
+        for some in examples.chunks(size as usize) {
+            let lines: Vec<u64> = some.iter().map(|e| table.line(*e)).collect();
+            table.prefetch(&lines);
+            let pairs = some.iter().zip(lines);
+            let pairs = pairs.map(|(e, l)| Ok([table.query(l)?, table.positive(*e, l, key)?]));
+            let pairs: Vec<[u64; 2]> = pairs.collect::<Result<_>>()?;
+            self.store.prefetch_clusters(pairs.as_flattened());
+            for [query, positive] in pairs {
+                keys.push([self.store.cluster_of(query)?, self.store.cluster_of(positive)?]);
+            }
+        }
         let (order, _) = arrange(&keys, size as usize, batches as usize);
         Ok(order.iter().filter_map(|i| examples.get(*i as usize)).copied().collect())
     }
@@ -306,6 +311,7 @@ impl Loader {
     fn sides(&self, table: &Table, part: &Part) -> Result<Sides> {
         let examples = self.examples(table, part)?;
         let lines: Vec<u64> = examples.iter().map(|e| table.line(*e)).collect();
+        table.prefetch(&lines);
         let key = self.plan.key("positive", part.task, part.epoch);
         let query = lines.iter().map(|l| table.query(*l)).collect::<Result<Vec<u64>>>()?;
         let positive: Vec<u64> = examples
@@ -336,6 +342,9 @@ impl Loader {
                     hard.push(row.map_or(Ok(*positive), |row| table.row(*line, *row))?);
                 }
             }
+        }
+        for rows in [&query, &positive, &hard] {
+            self.store.prefetch(rows);
         }
         Ok(Sides { examples, lines, query, positive, hard, hard_mask, width })
     }

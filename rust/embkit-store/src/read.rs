@@ -15,6 +15,9 @@ use crate::simd;
 pub use crate::simd::{Flag, TokenId};
 use crate::tokenize::{RAW_FORMAT, TEXTS_FORMAT, VERSION, list, name, parse_name};
 
+/// Rows whose tokens are on their way while one is copied.
+pub(crate) const AHEAD: usize = 4;
+
 /// A token shard and, where the store has them, its texts.
 struct Shard {
     texts: Container,
@@ -217,7 +220,8 @@ impl Store {
         if let Some(zero) = ends.next() {
             *zero = 0;
         }
-        for (span, end) in spans.iter().zip(ends) {
+        for ((i, span), end) in spans.iter().enumerate().zip(ends) {
+            self.prefetch_tokens(spans.get(i + AHEAD));
             let (now, later) = rest.split_at_mut(span.len());
             self.copy(*span, now)?;
             at += now.len();
@@ -257,7 +261,8 @@ impl Store {
         // Rows without a token leave no chunks.
         let ids = ids.chunks_exact_mut(width.max(1));
         let mask = mask.chunks_exact_mut(width.max(1));
-        for ((span, ids), mask) in spans.iter().zip(ids).zip(mask) {
+        for (((i, span), ids), mask) in spans.iter().enumerate().zip(ids).zip(mask) {
+            self.prefetch_tokens(spans.get(i + AHEAD));
             self.copy_padded(*span, ids, mask, pad)?;
         }
         Ok(width)
@@ -313,6 +318,40 @@ impl Store {
             Tokens::Narrow(c) => Ids::Narrow(shard.texts.items(c, range)?.unwrap_or_default()),
             Tokens::Wide(c) => Ids::Wide(shard.texts.items(c, range)?.unwrap_or_default()),
         })
+    }
+
+    /// Brings the tokens of a span that is soon copied near the processor.
+    #[inline]
+    pub(crate) fn prefetch_tokens(&self, span: Option<&Span>) {
+        let Some(span) = span else { return };
+        let Some(shard) = self.shards.get(span.shard as usize) else { return };
+        let range = span.start as usize..span.start as usize + span.len();
+        match shard.tokens {
+            Tokens::Narrow(column) => simd::prefetch(shard.texts.peek(column, range)),
+            Tokens::Wide(column) => simd::prefetch(shard.texts.peek(column, range)),
+        }
+    }
+
+    /// Brings what a batch needs of rows beside their tokens near the processor. Rows lie at random
+    /// places of each column, so that asking one after the other would wait for memory each time.
+    pub(crate) fn prefetch(&self, rows: &[u64]) {
+        for row in rows {
+            let Ok((index, local)) = self.locate(*row) else { continue };
+            let Some(shard) = self.shards.get(index) else { continue };
+            simd::prefetch(shard.texts.peek(shard.offsets, local..local + 1));
+            simd::prefetch(shard.texts.peek(shard.cluster, local..local + 1));
+            simd::prefetch(shard.texts.peek(shard.role, local..local + 1));
+            simd::prefetch(shard.texts.peek(shard.prompt_len, local..local + 1));
+        }
+    }
+
+    /// [`Store::prefetch`] for the clusters only.
+    pub(crate) fn prefetch_clusters(&self, rows: &[u64]) {
+        for row in rows {
+            let Ok((index, local)) = self.locate(*row) else { continue };
+            let Some(shard) = self.shards.get(index) else { continue };
+            simd::prefetch(shard.texts.peek(shard.cluster, local..local + 1));
+        }
     }
 
     /// Asks the system to bring the tokens of spans into memory, without waiting for them.

@@ -84,6 +84,21 @@ best_of! {
     }
 }
 
+/// Asks the processor to bring a slice near, without waiting: at most its first 16 cache lines,
+/// after which it reads ahead by itself.
+#[inline(always)]
+pub(crate) fn prefetch<T>(items: &[T]) {
+    #[cfg(target_arch = "x86_64")]
+    for line in 0..size_of_val(items).div_ceil(64).min(16) {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        let at = items.as_ptr().cast::<i8>().wrapping_add(64 * line);
+        // SAFETY: a prefetch reads nothing that the program sees, whatever the address is.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(at) };
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = items;
+}
+
 /// What a mask is made of.
 pub trait Flag: Copy + From<bool> + Send + Sync {}
 impl<T: Copy + From<bool> + Send + Sync> Flag for T {}

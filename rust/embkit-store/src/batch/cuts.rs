@@ -9,10 +9,11 @@ pub const PRICE: u64 = 128;
 
 /// Positions of `lengths` by falling length, ties in their order.
 pub fn longest_first(lengths: &[u32]) -> Vec<u32> {
-    let mut order: Vec<u32> = (0..lengths.len() as u32).collect();
-    let length = |i: &u32| lengths.get(*i as usize).copied().unwrap_or(0);
-    order.sort_by_key(|i| std::cmp::Reverse(length(i)));
-    order
+    // Length and position in one word: what is sorted is what is compared.
+    let word = |(length, i): (&u32, u32)| u64::from(!length) << 32 | u64::from(i);
+    let mut order: Vec<u64> = lengths.iter().zip(0..).map(word).collect();
+    order.sort_unstable();
+    order.into_iter().map(|word| word as u32).collect()
 }
 
 /// Ranges of falling lengths whose sums are at most `budget` (a longer row is alone).
@@ -53,32 +54,60 @@ pub fn padded(falling: &[u32], budget: u64) -> Vec<Range<usize>> {
     cuts
 }
 
-/// The cheapest segments and their longest row, by dynamic programming over the u distinct
-/// lengths: O(u^2). The price of the first j of them is the least over the last segment's start.
+/// The price of all rows up to an end when the last segment begins at `start`: a line in the end.
+#[derive(Clone, Copy)]
+struct Line {
+    start: usize,
+    slope: i128,
+    base: i128,
+}
+
+impl Line {
+    fn at(&self, end: usize) -> i128 {
+        self.base + self.slope * end as i128
+    }
+
+    /// Whether `self`, between `before` and `after`, is nowhere the lowest.
+    fn is_needless(&self, before: &Line, after: &Line) -> bool {
+        (after.base - before.base) * (before.slope - self.slope)
+            <= (self.base - before.base) * (before.slope - after.slope)
+    }
+}
+
+/// The cheapest segments and their longest row, in O(u) for u distinct lengths: slopes fall as
+/// starts rise, so the best start only moves forward, over the lower hull of the lines.
 fn cheapest(falling: &[u32]) -> Vec<(Range<usize>, u64)> {
-    // Where each distinct length begins, and the end.
-    let mut begin: Vec<usize> =
-        (0..falling.len()).filter(|i| *i == 0 || falling.get(*i) != falling.get(i - 1)).collect();
-    let longest: Vec<u64> =
-        begin.iter().filter_map(|i| falling.get(*i)).map(|l| u64::from(*l).max(1)).collect();
-    begin.push(falling.len());
-    let mut cost = vec![0_u64];
-    let mut back = vec![0_usize];
-    for end in begin.iter().skip(1) {
-        let starts = cost.iter().zip(&begin).zip(&longest);
-        let prices = starts.map(|((cost, start), l)| cost + l * (end - start) as u64 + PRICE);
-        let best = prices.enumerate().min_by_key(|(_, price)| *price);
-        let (from, price) = best.unwrap_or((0, 0));
-        cost.push(price);
-        back.push(from);
+    let (mut hull, mut best): (Vec<Line>, usize) = (Vec::new(), 0);
+    let mut chosen = Vec::new();
+    let (mut start, mut cost) = (0, 0);
+    while let Some(length) = falling.get(start) {
+        let slope = i128::from((*length).max(1));
+        let line = Line { start, slope, base: cost + i128::from(PRICE) - slope * start as i128 };
+        while let Some([.., a, b]) = hull.get(best..)
+            && b.is_needless(a, &line)
+        {
+            hull.pop();
+        }
+        hull.push(line);
+        let rest = falling.get(start..).unwrap_or_default();
+        let end = start + rest.partition_point(|l| l == length);
+        while let Some([now, next, ..]) = hull.get(best..)
+            && next.at(end) < now.at(end)
+        {
+            best += 1;
+        }
+        let Some(line) = hull.get(best) else { break };
+        cost = line.at(end);
+        chosen.push((end, *line));
+        start = end;
     }
     let mut cuts = Vec::new();
-    let mut j = longest.len();
-    while let (Some(i), Some(end)) = (back.get(j).copied().filter(|_| j > 0), begin.get(j)) {
-        if let (Some(start), Some(l)) = (begin.get(i), longest.get(i)) {
-            cuts.push((*start..*end, *l));
+    let mut open = falling.len();
+    while let Some((end, line)) = chosen.pop() {
+        if end == open {
+            cuts.push((line.start..end, line.slope as u64));
+            open = line.start;
         }
-        j = i;
     }
     cuts.reverse();
     cuts

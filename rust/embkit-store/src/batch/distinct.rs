@@ -10,6 +10,8 @@
 use std::collections::HashMap;
 use std::hash::{BuildHasherDefault, Hasher};
 
+const GOLDEN: u64 = 0x9e37_79b9_7f4a_7c15;
+
 /// Batches that are arranged together.
 pub const SUPERBLOCK: u64 = 64;
 
@@ -28,7 +30,7 @@ impl Hasher for Multiply {
 
     fn write_u64(&mut self, key: u64) {
         // The high bits of the product depend on all bits of the key; the table uses low ones.
-        self.0 = (self.0 ^ key).wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(26);
+        self.0 = (self.0 ^ key).wrapping_mul(GOLDEN).rotate_left(26);
     }
 }
 
@@ -39,19 +41,19 @@ pub(crate) type Keys<V> = HashMap<u64, V, BuildHasherDefault<Multiply>>;
 /// examples' positions, batch by batch, and how many could not be kept from sharing a key.
 pub fn arrange(keys: &[[u64; 2]], batch_size: usize, batches: usize) -> (Vec<u32>, u64) {
     let batches = batches.clamp(1, SUPERBLOCK as usize);
-    let mut seen: Keys<u64> = Keys::default();
-    seen.reserve(2 * keys.len());
+    let (keys, count) = number(keys);
+    let mut seen = vec![0; count as usize + 1];
     let mut room = u64::MAX >> (SUPERBLOCK as usize - batches);
     let all = room;
     let mut filled: Vec<Vec<u32>> = vec![Vec::with_capacity(batch_size); batches];
     let mut shared = 0;
-    for (position, pair) in (0..).zip(keys) {
+    for (position, pair) in (0..).zip(&keys) {
         let taken = in_batches(&seen, pair);
         let free = room & !taken;
         let mut batch = free.trailing_zeros() as usize;
         if free == 0 {
             let open = room.trailing_zeros() as usize;
-            batch = match exchange(&mut filled, &mut seen, keys, all & !taken, open) {
+            batch = match exchange(&mut filled, &mut seen, &keys, all & !taken, open) {
                 Some(batch) => batch,
                 None => {
                     shared += 1;
@@ -59,9 +61,7 @@ pub fn arrange(keys: &[[u64; 2]], batch_size: usize, batches: usize) -> (Vec<u32
                 }
             };
         }
-        for key in pair {
-            *seen.entry(*key).or_default() |= 1 << batch;
-        }
+        mark(&mut seen, pair, |bits| bits | 1 << batch);
         if let Some(examples) = filled.get_mut(batch) {
             examples.push(position);
         }
@@ -74,17 +74,61 @@ pub fn arrange(keys: &[[u64; 2]], batch_size: usize, batches: usize) -> (Vec<u32
     (filled.concat(), shared)
 }
 
+/// Numbers the keys that more than one example may have, from 1; the others are 0. Also how many.
+///
+/// Most keys are alone, and two small bitmaps that stay in the cache tell so: only keys whose bit
+/// another one has set before go into the map.
+fn number(keys: &[[u64; 2]]) -> (Vec<[u32; 2]>, u32) {
+    let bits = (16 * keys.len()).next_power_of_two().max(64);
+    let (mut once, mut again) = (vec![0_u64; bits / 64], vec![0_u64; bits / 64]);
+    let place = |key: u64| {
+        let bit = (key.wrapping_mul(GOLDEN) >> 32) as usize & (bits - 1);
+        (bit / 64, 1_u64 << (bit % 64))
+    };
+    for key in keys.as_flattened() {
+        let (word, bit) = place(*key);
+        if let (Some(once), Some(again)) = (once.get_mut(word), again.get_mut(word)) {
+            *again |= *once & bit;
+            *once |= bit;
+        }
+    }
+    let mut numbers: Keys<u32> = Keys::default();
+    numbers.reserve(again.iter().map(|word| word.count_ones() as usize).sum());
+    let mut count = 0;
+    let mut of = |key: u64| {
+        let (word, bit) = place(key);
+        if again.get(word).is_none_or(|again| again & bit == 0) {
+            return 0;
+        }
+        *numbers.entry(key).or_insert_with(|| {
+            count += 1;
+            count
+        })
+    };
+    let numbered = keys.iter().map(|pair| pair.map(&mut of)).collect();
+    (numbered, count)
+}
+
 /// The batches that have one of the keys.
-fn in_batches(seen: &Keys<u64>, pair: &[u64; 2]) -> u64 {
-    pair.iter().fold(0, |bits, key| bits | seen.get(key).copied().unwrap_or(0))
+fn in_batches(seen: &[u64], pair: &[u32; 2]) -> u64 {
+    pair.iter().fold(0, |bits, key| bits | seen.get(*key as usize).copied().unwrap_or(0))
+}
+
+/// Changes the batches of both keys; key 0 is in none.
+fn mark(seen: &mut [u64], pair: &[u32; 2], change: impl Fn(u64) -> u64) {
+    for key in pair.iter().filter(|key| **key != 0) {
+        if let Some(bits) = seen.get_mut(*key as usize) {
+            *bits = change(*bits);
+        }
+    }
 }
 
 /// Makes room in one of the batches `fit` by moving one of its examples to the batch `open`, where
 /// nothing shares a key with that one. Returns the batch.
 fn exchange(
     filled: &mut [Vec<u32>],
-    seen: &mut Keys<u64>,
-    keys: &[[u64; 2]],
+    seen: &mut [u64],
+    keys: &[[u32; 2]],
     fit: u64,
     open: usize,
 ) -> Option<usize> {
@@ -95,10 +139,7 @@ fn exchange(
         });
         let Some(place) = movable else { continue };
         let example = filled.get_mut(batch)?.swap_remove(place);
-        for key in keys.get(example as usize)? {
-            let bits = seen.entry(*key).or_default();
-            *bits = (*bits & !(1 << batch)) | 1 << open;
-        }
+        mark(seen, keys.get(example as usize)?, |bits| (bits & !(1 << batch)) | 1 << open);
         filled.get_mut(open)?.push(example);
         return Some(batch);
     }

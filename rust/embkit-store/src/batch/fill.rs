@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use embkit_core::{Error, Result};
 
 use super::Batch;
-use crate::read::{Store, TokenId};
+use crate::read::{AHEAD, Store, TokenId};
 
 /// Arrays begin at multiples of this many bytes.
 const ALIGN: usize = 64;
@@ -159,9 +159,9 @@ impl Batch {
             let mut mask = cast::<T>(take("mask"));
             let pad = T::of(form.pad_id as u32);
             for micro in &self.micro {
-                for span in
-                    self.spans.get(micro.start..micro.start + micro.rows).unwrap_or_default()
-                {
+                for at in micro.start..micro.start + micro.rows {
+                    let Some(span) = self.spans.get(at) else { break };
+                    store.prefetch_tokens(self.spans.get(at + AHEAD));
                     let (ids, later) = tokens.split_at_mut(micro.longest);
                     tokens = later;
                     let (flags, later) = mask.split_at_mut(micro.longest);
@@ -181,7 +181,9 @@ impl Batch {
         for micro in &self.micro {
             end(0);
             let mut at = 0;
-            for span in self.spans.get(micro.start..micro.start + micro.rows).unwrap_or_default() {
+            for row in micro.start..micro.start + micro.rows {
+                let Some(span) = self.spans.get(row) else { break };
+                store.prefetch_tokens(self.spans.get(row + AHEAD));
                 let (row, later) = tokens.split_at_mut(span.len());
                 store.copy(*span, row)?;
                 tokens = later;

@@ -12,6 +12,7 @@ use embkit_core::{Error, Result};
 
 use crate::plan::draw;
 use crate::records::Kind;
+use crate::simd;
 
 /// The `format` of example tables.
 pub const EXAMPLES_FORMAT: &str = "embkit.examples";
@@ -150,6 +151,24 @@ impl Table {
         match &self.usable {
             Some(usable) => usable.get(example as usize).copied().unwrap_or(u64::MAX),
             None => example,
+        }
+    }
+
+    /// Brings what a batch needs of rows of the table near the processor, see [`Store::prefetch`].
+    ///
+    /// [`Store::prefetch`]: crate::read::Store::prefetch
+    pub(crate) fn prefetch(&self, lines: &[u64]) {
+        let negatives = self.mined.as_ref().unwrap_or(&self.file);
+        for line in lines {
+            let at = *line as usize;
+            let (one, two) = (at..at.saturating_add(1), at..at.saturating_add(2));
+            simd::prefetch(self.file.peek(self.query, one.clone()));
+            simd::prefetch(self.file.peek(self.positive_offsets, two.clone()));
+            simd::prefetch(negatives.peek(self.hard_offsets, two));
+            simd::prefetch(self.file.peek(self.weight, one));
+            // Where its positive is when each has as many: mostly one.
+            let near = at.saturating_mul(self.positive.len()) / self.query.len().max(1);
+            simd::prefetch(self.file.peek(self.positive, near..near.saturating_add(1)));
         }
     }
 

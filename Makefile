@@ -7,11 +7,12 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 OUT ?= runs/quickstart
 GROUP ?= kernels
+RIVALS ?= $(or $(EMBKIT_RIVALS),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/embkit/rivals)
 IN_VENV := PATH="$(abspath $(BIN)):$$PATH" VIRTUAL_ENV="$(abspath $(VENV))"
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 RUST := $(shell find rust -name '*.rs' -o -name Cargo.toml 2>/dev/null) Cargo.toml Cargo.lock
 
-.PHONY: help build demo test test-all lint bench gpu wheel clean
+.PHONY: help build demo test test-all lint bench rivals gpu wheel clean
 
 help: ## Show this help
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -55,6 +56,13 @@ lint: $(VENV)/.built ## Format and lint checks, types
 
 bench: $(VENV)/.built ## Benchmarks of one group beside their rivals: make bench GROUP=kernels
 	@$(BIN)/embkit bench $(GROUP)
+
+rivals: $(VENV)/.built ## Rivals of the store benches in an environment of their own, in the cache
+	@$(BIN)/python -m venv $(RIVALS)
+	@$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+	  > "$$(echo $(RIVALS)/lib/python*/site-packages)/embkit-environment.pth"
+	@$(RIVALS)/bin/python -m pip install -q --disable-pip-version-check -r benches/rivals/requirements.txt
+	@$(RIVALS)/bin/python -m pip install -q --disable-pip-version-check --no-deps -r benches/rivals/no-deps.txt
 
 gpu: $(VENV)/.built ## On a machine with a GPU: GPU tests, then the kernel benches
 	@$(BIN)/python -m pytest -q -m gpu tests

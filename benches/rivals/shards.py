@@ -28,6 +28,7 @@ import time
 import types
 import zlib
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -271,6 +272,11 @@ def one_round(peer: Peer, word: str) -> dict[str, Any]:
     return {"rows": rows, "tokens": tokens, "checksum": checksum}
 
 
+def tell(peer: Peer, word: str, found: dict[str, Any]) -> None:
+    """Do one round; its result goes to `found`."""
+    found.update(one_round(peer, word))
+
+
 def resume(peer: Peer) -> dict[str, Any]:
     """Stop in the middle of an epoch and go on from the saved state."""
     peer.epoch += 1
@@ -350,7 +356,7 @@ def main() -> None:
     print(json.dumps({"ready": True}), file=answers, flush=True)
     for line in sys.stdin:
         found: dict[str, Any] = {}
-        sample = measure(lambda word=line.strip(), found=found: found.update(one_round(peer, word)))
+        sample = measure(partial(tell, peer, line.strip(), found))
         answer = {"cpu": sample.cpu, "wall": sample.wall, "peak": sample.peak, **found}
         print(json.dumps(answer), file=answers, flush=True)
 

@@ -272,11 +272,17 @@ class Store:
     Args:
         dir: the directory with the shards.
         verify: ``"first-touch"`` (blocks when they are read), ``"open"``, ``"off"``.
+        files: (length, header_crc, crc_crc) of each shard, which must have them.
 
     Raises CorruptError and OSError on opening and on reading, UsageError for a row beyond the end.
     """
 
-    def __new__(cls, dir: _Path, verify: str = "first-touch") -> Store: ...
+    def __new__(
+        cls,
+        dir: _Path,
+        verify: str = "first-touch",
+        files: dict[str, tuple[int, int, int]] | None = None,
+    ) -> Store: ...
     @property
     def rows(self) -> int:
         """Number of rows."""

@@ -31,7 +31,7 @@ GROUPS = ("store", "dedup", "mine", "kernels", "soup")
 
 @dataclass
 class Sample:
-    """One timed call: seconds of CPU (user and system, children too) and wall, bytes at the peak."""
+    """One timed call: seconds of CPU (user, system, children's) and of wall, bytes at the peak."""
 
     cpu: float
     wall: float
@@ -144,7 +144,7 @@ def run_case(case: Case, *, rounds: int = 5, threads: int = 1) -> list[Row]:
             for name, way in ways.items():
                 samples[name].append(measure(way))
     wall2 = None
-    if (os.cpu_count() or 1) > 1:
+    if case.measure == "rate" and (os.cpu_count() or 1) > 1:
         with _threads(2):
             twice = [measure(case.ours).wall for _ in range(case.rounds or rounds)]
             wall2 = case.work / statistics.median(twice)

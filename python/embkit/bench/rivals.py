@@ -92,7 +92,11 @@ class Rival:
             (folder / name).symlink_to(job.path / name)
         self.log = (folder / "log").open("w+")
         source = str(Path(__file__).resolve().parents[2])
-        quiet = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
+        quiet = {
+            "OMP_NUM_THREADS": "1",
+            "HF_HUB_OFFLINE": "1",
+            "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+        }
         self.process = subprocess.Popen(
             [str(python), str(SCRIPT), peer, str(folder)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True,

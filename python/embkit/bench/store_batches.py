@@ -50,7 +50,9 @@ def batches(quick: bool) -> Case:
     for name, rival in running.items():
         said = rival.ask("check")
         _same(name, (said["rows"], said["tokens"], said["checksum"]), want)
-    rivals = {name: partial(_drain, way, made) for name, way in ways.items()}
+    rivals: dict[str, Callable[[], Any]] = {
+        name: partial(_drain, way, made) for name, way in ways.items()
+    }
     rivals |= {name: partial(rival.round, "batches") for name, rival in running.items()}
     return Case(
         name="store.batches",

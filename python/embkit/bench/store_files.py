@@ -129,7 +129,7 @@ def opened(quick: bool) -> Case:
 
 
 def verify(quick: bool) -> Case:
-    """An epoch of batches over a freshly opened store, with checksums on first touch and without."""
+    """An epoch over a freshly opened store, with checksums on first touch and without."""
     path = corpus_store(quick).path
     tokens = corpus_store(quick).tokens
     first: dict[str, list[float]] = {"first-touch": [], "off": []}

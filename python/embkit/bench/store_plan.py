@@ -17,7 +17,6 @@ from embkit.bench.store_files import close_large, large_store
 from embkit.data import Batches
 
 
-
 def resume_plan(quick: bool) -> Case:
     """The examples of a step in the middle of a task of 10^9."""
     steps = np.random.default_rng(0).integers(0, 10**9 // 1024, 1000).tolist()
@@ -61,6 +60,10 @@ def resume(quick: bool) -> Case:
         seconds = found["seconds"]
         return Reported(None, Sample(seconds, seconds, found["peak"]))
 
+    def close() -> None:
+        job.close()
+        close_large()
+
     return Case(
         name="store.resume",
         unit="ms",
@@ -73,7 +76,7 @@ def resume(quick: bool) -> Case:
         facts={"n": int(Batches(home, batch_size=size).store.rows), "batch": size, "peer_n": n},
         derive=lambda _: {"rows_of_peers": json.loads(json.dumps(said))},
         rounds=3,
-        close=lambda: (job.close(), close_large()) and None,
+        close=close,
     )
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import numpy as np
 from embkit import _rust, container
 from embkit.data.tables import Array, Examples, Shard, shard_paths
 from embkit.errors import CorruptError
-from embkit.stage import check_files
+from embkit.stage import check_files, inside
 
 KIND = "embkit.store"
 
@@ -32,12 +33,15 @@ class Store:
     def __init__(self, directory: Path | str, *, verify: str = "first-touch") -> None:
         self.path = Path(directory)
         self.manifest: dict[str, Any] = container.read_manifest(self.path, kind=KIND)
-        check_files(self.path, self.manifest)
-        shard_paths(self.path, "texts")
+        files = self.manifest["files"]
+        shards = {name: record for name, record in files.items() if _is_shard(name)}
+        check_files(self.path, {"files": {n: r for n, r in files.items() if n not in shards}})
+        _check_there(self.path, shards)
         if verify == "open":  # Rust looks at the shards only
             for task in self.manifest["tasks"]:
                 container.load(self.path / Examples.file(task["name"]), verify=verify)
-        self.rows_store = _rust.Store(str(self.path), verify)
+        # Rust compares each shard with its record when it opens it: once, however many there are.
+        self.rows_store = _rust.Store(str(self.path), verify, _infos(self.path, shards))
         rows = int(self.manifest["counts"]["rows"])
         if int(self.rows_store.rows) != rows:
             raise CorruptError(
@@ -45,8 +49,8 @@ class Store:
                 where=self.path,
                 fix="run tokenize again with --fresh",
             )
-        found = _rust.blake3_file(str(self.path / "tokenizer" / "tokenizer.json"))
-        if found != self.fingerprint:
+        tokenizer = files.get("tokenizer/tokenizer.json", {})  # compared with its record above
+        if tokenizer.get("blake3") != self.fingerprint:
             raise CorruptError(
                 "tokenizer.json is not the one the tokens were made with.",
                 where=self.path / "tokenizer",
@@ -187,6 +191,36 @@ class Store:
 def as_store(store: Any) -> Store:
     """A Store from itself or its directory."""
     return store if isinstance(store, Store) else Store(store)
+
+
+def _is_shard(name: str) -> bool:
+    return name.startswith(("texts-", "raw-")) and "/" not in name
+
+
+def _check_there(directory: Path, shards: Mapping[str, Any]) -> None:
+    """Raise CorruptError unless each shard is a file of its own in the directory."""
+    with os.scandir(directory) as found:
+        plain = {entry.name for entry in found if entry.is_file(follow_symlinks=False)}
+    for name in shards:
+        if name not in plain and inside(directory, name):  # which refuses links and paths
+            raise CorruptError(
+                "A file that the manifest lists is missing.",
+                where=directory / name,
+                fix="copy the directory again, or run its stage again with --fresh",
+            )
+
+
+def _infos(directory: Path, shards: Mapping[str, Any]) -> dict[str, tuple[int, int, int]]:
+    """The manifest's records of the shards as Rust takes them."""
+    try:
+        return {
+            name: (int(one["length"]), int(one["header_crc"]), int(one["crc_crc"]))
+            for name, one in shards.items()
+        }
+    except (KeyError, TypeError, ValueError):
+        raise CorruptError(
+            "The manifest has no usable record of a shard.", where=directory
+        ) from None
 
 
 def _u64(rows: Any) -> Array:

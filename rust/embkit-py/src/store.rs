@@ -3,11 +3,12 @@
 use crate::arrays::{array, slice};
 use crate::door::short;
 use crate::error::usage;
-use embkit_core::container::Verify;
+use embkit_core::container::{FileInfo, Verify};
 use embkit_store::read;
 use embkit_store::read::{Flag, TokenId};
 use numpy::{Element, PyArray1, PyArrayMethods, PyReadonlyArray1, PyReadwriteArray1};
 use pyo3::prelude::*;
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -22,10 +23,18 @@ type Rows<'py> = PyReadonlyArray1<'py, u64>;
 #[pymethods]
 impl Store {
     #[new]
-    #[pyo3(signature = (dir, verify="first-touch"))]
-    fn new(py: Python, dir: PathBuf, verify: &str) -> PyResult<Store> {
+    #[pyo3(signature = (dir, verify="first-touch", files=None))]
+    fn new(
+        py: Python,
+        dir: PathBuf,
+        verify: &str,
+        files: Option<BTreeMap<String, (u64, u32, u32)>>,
+    ) -> PyResult<Store> {
         short(py, || {
-            let store = read::Store::open(&dir, Verify::parse(verify)?)?;
+            let info = |(length, header_crc, crc_crc)| FileInfo { length, header_crc, crc_crc };
+            let files: Option<BTreeMap<String, FileInfo>> =
+                files.map(|f| f.into_iter().map(|(name, one)| (name, info(one))).collect());
+            let store = read::Store::open_recorded(&dir, Verify::parse(verify)?, files.as_ref())?;
             Ok(Store { inner: Arc::new(store) })
         })
     }

@@ -6,9 +6,10 @@
 //!
 //! Oddity: rows are global; the shard of a row is found by a search over the shards' first rows.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use embkit_core::container::{Column, Container, Dtype, Element, Verify};
+use embkit_core::container::{Column, Container, Dtype, Element, FileInfo, Verify};
 use embkit_core::{Error, Result, TextShard};
 
 use crate::simd;
@@ -80,15 +81,38 @@ impl Store {
     /// Errors: `Io` when the directory or a file cannot be read; `Corrupt` when there are no
     /// shards, one is missing, damaged, or does not continue the one before; `Version`.
     pub fn open(dir: impl AsRef<Path>, verify: Verify) -> Result<Self> {
+        Self::open_recorded(dir, verify, None)
+    }
+
+    /// [`Store::open`] of exactly the files that a manifest records: each is opened once, and
+    /// compared with its record.
+    ///
+    /// Errors: also `Corrupt` for a shard that the manifest does not have, or has otherwise.
+    pub fn open_recorded(
+        dir: impl AsRef<Path>,
+        verify: Verify,
+        recorded: Option<&BTreeMap<String, FileInfo>>,
+    ) -> Result<Self> {
         let dir = dir.as_ref();
+        let open = |file: String| {
+            let found = Container::open(dir.join(&file), verify)?;
+            match recorded.map(|r| r.get(&file)) {
+                None => {}
+                Some(Some(record)) => found.expect_info(*record)?,
+                Some(None) => {
+                    return Err(Error::corrupt(found.path(), "is not in the store's manifest"));
+                }
+            }
+            Ok(found)
+        };
         let count = shard_count(dir)?;
         let mut store = Self { dir: dir.into(), shards: Vec::new(), first: vec![0], tokens: 0 };
         let has_raw = dir.join(name("raw", 0, Some(count))).exists();
         for index in 0..count {
-            let texts = Container::open(dir.join(name("texts", index, Some(count))), verify)?;
+            let texts = open(name("texts", index, Some(count)))?;
             texts.expect(TEXTS_FORMAT, VERSION)?;
             let raw = match has_raw {
-                true => Some(Container::open(dir.join(name("raw", index, Some(count))), verify)?),
+                true => Some(open(name("raw", index, Some(count)))?),
                 false => None,
             };
             let shard = Shard::new(texts, raw)?;

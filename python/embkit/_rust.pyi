@@ -273,6 +273,7 @@ class Store:
         dir: the directory with the shards.
         verify: ``"first-touch"`` (blocks when they are read), ``"open"``, ``"off"``.
         files: (length, header_crc, crc_crc) of each shard, which must have them.
+        read_ahead: when batches come from a disk, ask the system for all rows of one at once.
 
     Raises CorruptError and OSError on opening and on reading, UsageError for a row beyond the end.
     """
@@ -282,6 +283,7 @@ class Store:
         dir: _Path,
         verify: str = "first-touch",
         files: dict[str, tuple[int, int, int]] | None = None,
+        read_ahead: bool = True,
     ) -> Store: ...
     @property
     def rows(self) -> int:

@@ -292,11 +292,17 @@ impl Container {
             .unwrap_or_default()
     }
 
-    /// Asks the system to read elements `range` of a column into memory, without waiting.
+    /// Asks the system to read elements `range` of a column into memory, without waiting; with the
+    /// rest of their blocks where those will have to be verified.
     pub fn will_need<T: Element>(&self, column: Column<T>, range: Range<usize>) {
         let size = size_of::<T>();
         let (start, end) = (range.start.min(column.len), range.end.min(column.len));
-        self.map.will_need(column.start + start * size..column.start + end * size);
+        let (mut start, mut end) = (column.start + start * size, column.start + end * size);
+        if start < end && !self.is_verified(start, end) {
+            let block = |at: usize| self.data.start + (at - self.data.start) / BLOCK * BLOCK;
+            (start, end) = (block(start), (block(end - 1) + BLOCK).min(self.data.end));
+        }
+        self.map.will_need(start..end);
     }
 
     /// Verifies every block that was not verified before.
@@ -333,18 +339,25 @@ impl Container {
 
     #[inline]
     fn touch(&self, start: usize, end: usize) -> Result<()> {
-        if self.verify == Verify::Off || start >= end {
-            return Ok(());
-        }
-        // Most reads lie in one block that was verified before: no call, no loop.
-        let block = start.wrapping_sub(self.data.start) / BLOCK;
-        if block == (end - 1).wrapping_sub(self.data.start) / BLOCK
-            && let Some(word) = self.seen.get(block / 64)
-            && word.load(Ordering::Relaxed) & (1 << (block % 64)) != 0
-        {
+        if start >= end || self.is_verified(start, end) {
             return Ok(());
         }
         self.check_blocks(start, end)
+    }
+
+    /// Whether nothing is left to verify, as far as one look tells: most reads lie in one block
+    /// that was verified before.
+    #[inline]
+    fn is_verified(&self, start: usize, end: usize) -> bool {
+        if self.verify == Verify::Off {
+            return true;
+        }
+        let block = start.wrapping_sub(self.data.start) / BLOCK;
+        block == (end - 1).wrapping_sub(self.data.start) / BLOCK
+            && self
+                .seen
+                .get(block / 64)
+                .is_some_and(|word| word.load(Ordering::Relaxed) & (1 << (block % 64)) != 0)
     }
 
     /// Verifies the blocks that overlap bytes `start..end` of the file.

@@ -23,18 +23,21 @@ type Rows<'py> = PyReadonlyArray1<'py, u64>;
 #[pymethods]
 impl Store {
     #[new]
-    #[pyo3(signature = (dir, verify="first-touch", files=None))]
+    #[pyo3(signature = (dir, verify="first-touch", files=None, read_ahead=true))]
     fn new(
         py: Python,
         dir: PathBuf,
         verify: &str,
         files: Option<BTreeMap<String, (u64, u32, u32)>>,
+        read_ahead: bool,
     ) -> PyResult<Store> {
         short(py, || {
             let info = |(length, header_crc, crc_crc)| FileInfo { length, header_crc, crc_crc };
             let files: Option<BTreeMap<String, FileInfo>> =
                 files.map(|f| f.into_iter().map(|(name, one)| (name, info(one))).collect());
-            let store = read::Store::open_recorded(&dir, Verify::parse(verify)?, files.as_ref())?;
+            let verify = Verify::parse(verify)?;
+            let mut store = read::Store::open_recorded(&dir, verify, files.as_ref())?;
+            store.read_ahead(read_ahead);
             Ok(Store { inner: Arc::new(store) })
         })
     }

@@ -6,6 +6,8 @@
 //!
 //! Oddity: rows are global; the shard of a row is found by a search over the shards' first rows.
 
+mod ahead;
+
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
@@ -15,9 +17,8 @@ use embkit_core::{Error, Result, TextShard};
 use crate::simd;
 pub use crate::simd::{Flag, TokenId};
 use crate::tokenize::{RAW_FORMAT, TEXTS_FORMAT, VERSION, list, name, parse_name};
-
-/// Rows whose tokens are on their way while one is copied.
-pub(crate) const AHEAD: usize = 4;
+pub(crate) use ahead::AHEAD;
+use ahead::Announced;
 
 /// A token shard and, where the store has them, its texts.
 struct Shard {
@@ -52,6 +53,7 @@ pub struct Store {
     /// First row of each shard, then the number of rows.
     first: Vec<u64>,
     tokens: u64,
+    announced: Announced,
 }
 
 /// Where the tokens of a row are: found once, then copied.
@@ -106,7 +108,13 @@ impl Store {
             Ok(found)
         };
         let count = shard_count(dir)?;
-        let mut store = Self { dir: dir.into(), shards: Vec::new(), first: vec![0], tokens: 0 };
+        let mut store = Self {
+            dir: dir.into(),
+            shards: Vec::new(),
+            first: vec![0],
+            tokens: 0,
+            announced: Announced::default(),
+        };
         let has_raw = dir.join(name("raw", 0, Some(count))).exists();
         for index in 0..count {
             let texts = open(name("texts", index, Some(count)))?;
@@ -123,6 +131,11 @@ impl Store {
             store.shards.push(shard);
         }
         Ok(store)
+    }
+
+    /// Switches reading ahead from a cold disk off (or on again, as it is at first).
+    pub fn read_ahead(&mut self, on: bool) {
+        self.announced = Announced::new(on);
     }
 
     /// Number of rows.
@@ -342,52 +355,6 @@ impl Store {
             Tokens::Narrow(c) => Ids::Narrow(shard.texts.items(c, range)?.unwrap_or_default()),
             Tokens::Wide(c) => Ids::Wide(shard.texts.items(c, range)?.unwrap_or_default()),
         })
-    }
-
-    /// Brings the tokens of a span that is soon copied near the processor.
-    #[inline]
-    pub(crate) fn prefetch_tokens(&self, span: Option<&Span>) {
-        let Some(span) = span else { return };
-        let Some(shard) = self.shards.get(span.shard as usize) else { return };
-        let range = span.start as usize..span.start as usize + span.len();
-        match shard.tokens {
-            Tokens::Narrow(column) => simd::prefetch(shard.texts.peek(column, range)),
-            Tokens::Wide(column) => simd::prefetch(shard.texts.peek(column, range)),
-        }
-    }
-
-    /// Brings what a batch needs of rows beside their tokens near the processor. Rows lie at random
-    /// places of each column, so that asking one after the other would wait for memory each time.
-    pub(crate) fn prefetch(&self, rows: &[u64]) {
-        for row in rows {
-            let Ok((index, local)) = self.locate(*row) else { continue };
-            let Some(shard) = self.shards.get(index) else { continue };
-            simd::prefetch(shard.texts.peek(shard.offsets, local..local + 1));
-            simd::prefetch(shard.texts.peek(shard.cluster, local..local + 1));
-            simd::prefetch(shard.texts.peek(shard.role, local..local + 1));
-            simd::prefetch(shard.texts.peek(shard.prompt_len, local..local + 1));
-        }
-    }
-
-    /// [`Store::prefetch`] for the clusters only.
-    pub(crate) fn prefetch_clusters(&self, rows: &[u64]) {
-        for row in rows {
-            let Ok((index, local)) = self.locate(*row) else { continue };
-            let Some(shard) = self.shards.get(index) else { continue };
-            simd::prefetch(shard.texts.peek(shard.cluster, local..local + 1));
-        }
-    }
-
-    /// Asks the system to bring the tokens of spans into memory, without waiting for them.
-    pub fn will_need(&self, spans: impl IntoIterator<Item = Span>) {
-        for span in spans {
-            let Some(shard) = self.shards.get(span.shard as usize) else { continue };
-            let range = span.start as usize..span.start as usize + span.len();
-            match shard.tokens {
-                Tokens::Narrow(column) => shard.texts.will_need(column, range),
-                Tokens::Wide(column) => shard.texts.will_need(column, range),
-            }
-        }
     }
 
     #[inline]

@@ -2,6 +2,7 @@
 //! whole step to a device.
 
 use std::collections::BTreeMap;
+use std::time::Instant;
 
 use embkit_core::{Error, Result};
 
@@ -124,10 +125,13 @@ impl Batch {
             rest = after;
         }
         let mut take = |name| parts.remove(name).unwrap_or_default();
+        store.announce(&self.spans);
+        let started = Instant::now();
         match form.wide {
             true => self.fill_tokens::<i64>(store, form, &mut take)?,
             false => self.fill_tokens::<i32>(store, form, &mut take)?,
         }
+        store.note(self.tokens, started.elapsed());
         for (role, row) in take("role").iter_mut().zip(&self.rows) {
             *role = store.role_of(*row)?;
         }

@@ -72,8 +72,9 @@ def test_an_exception_in_the_callback_stops_the_work(vectors: np.ndarray) -> Non
 def test_ctrl_c_is_a_keyboard_interrupt_within_300_ms() -> None:
     """SIGINT in the middle of a deduplication that would take far longer."""
     script = textwrap.dedent("""
-        import sys, time
+        import signal, sys, time
         import numpy as np
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in background jobs
         from embkit import _rust
         words = np.random.default_rng(0).integers(0, 20000, (60000, 80)).astype("U6")
         rows = [" ".join(r).encode() for r in words]

@@ -31,7 +31,9 @@ def case(request: pytest.FixtureRequest) -> Any:
     for way in made.rivals.values():
         if made.check is not None:
             made.check(ours, way())
-    return made
+    yield made
+    if made.close is not None:
+        made.close()
 
 
 def test_ours(case: Any, benchmark: Any) -> None:

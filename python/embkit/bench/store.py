@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from embkit.bench.store_batches import batches, packed
-from embkit.bench.store_files import cold, opened, verify, write
+from embkit.bench.store_files import cold, opened, verify, verify_gather, write
 from embkit.bench.store_plan import growth, no_duplicates, resume, resume_plan
 from embkit.bench.store_steps import (
     large_steps_packed,
@@ -28,6 +28,7 @@ CASES = (
     vs_st_once,
     write,
     verify,
+    verify_gather,
     no_duplicates,
     growth,
     resume_plan,

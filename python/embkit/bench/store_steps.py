@@ -59,7 +59,7 @@ def _steps(quick: bool, size: int, layout: str) -> Case:
         step = found["embkit"].cpu / steps
         return {
             "ms_per_step": 1e3 * step,
-            "python_share": 1 - found["its calls into Rust"].cpu / found["embkit"].cpu,
+            "share_outside_rust": 1 - found["its calls into Rust"].cpu / found["embkit"].cpu,
         }
 
     return Case(
@@ -166,7 +166,9 @@ def _collator(made: Batches) -> Any:
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer import data_collator, modules
     from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(str(made.store.tokenizer))
         config = BertConfig(

@@ -122,7 +122,12 @@ def opened(quick: bool) -> Case:
         ours=partial(Store, large),
         rivals={"a store of one shard": partial(Store, small)},
         goal="20 ms, memory independent of size",
-        facts={"bytes": size, "shards": shards, "first_open_from_disk_ms": cold},
+        facts={
+            "bytes": size,
+            "shards": shards,
+            "first_open_from_disk_ms": cold,
+            "own_memory_bytes": _own_memory(large),
+        },
         close=stack.close,
     )
 
@@ -223,6 +228,19 @@ def cold(quick: bool) -> Case:
         facts={"n": rows, "batch": size, "sequential_bytes_per_s": _sequential(biggest)},
         close=stack.close,
     )
+
+
+def _own_memory(home: Path) -> int:
+    """Bytes that an open store takes beside the pages of its files that are in memory anyway."""
+
+    def anonymous() -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
+
+    kept = [Store(home)]
+    before = anonymous()
+    kept += [Store(home) for _ in range(20)]
+    return (anonymous() - before) // 20
 
 
 def drop(home: Path) -> None:

@@ -40,7 +40,7 @@ def resume_plan(quick: bool) -> Case:
 def resume(quick: bool) -> Case:
     """Open a large store in a run that was stopped, and take the batch of a step in its middle."""
     home = large_store(quick)
-    size = 1024
+    size = 256
     last = Batches(home, batch_size=size, hard_negatives=1).plan.batches_per_epoch(0)
     steps = iter(np.random.default_rng(0).integers(0, 3 * last, 10_000).tolist())
 

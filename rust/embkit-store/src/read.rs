@@ -243,6 +243,7 @@ impl Store {
                 "Pass one element more than rows",
             ));
         }
+        self.prefetch_offsets(rows);
         let spans: Vec<Span> = rows.iter().map(|row| self.span(*row)).collect::<Result<_>>()?;
         let total: usize = spans.iter().map(Span::len).sum();
         if total > tokens.len() || i32::try_from(total).is_err() {
@@ -281,6 +282,7 @@ impl Store {
         mask: &mut [M],
         pad: T,
     ) -> Result<usize> {
+        self.prefetch_offsets(rows);
         let spans: Vec<Span> = rows.iter().map(|row| self.span(*row)).collect::<Result<_>>()?;
         let width = spans.iter().map(Span::len).max().unwrap_or(0);
         let size = rows.len().checked_mul(width);

@@ -110,10 +110,7 @@ impl Table {
         if table.kind == Kind::Classification {
             table.find_classes()?;
         } else if values <= CHECKED_VALUES {
-            let usable: Vec<u64> = (0..m as u64)
-                .filter_map(|i| table.is_usable(i).map(|ok| ok.then_some(i)).transpose())
-                .collect::<Result<_>>()?;
-            table.usable = (usable.len() < m).then_some(usable);
+            table.find_usable()?;
         }
         if values <= CHECKED_VALUES {
             table.check_rows()?;
@@ -255,10 +252,26 @@ impl Table {
         }
     }
 
-    fn is_usable(&self, line: u64) -> Result<bool> {
-        let (start, end) = self.bounds(&self.file, self.positive_offsets, line)?;
-        let score: f32 = self.value(self.score, line)?;
-        Ok(end > start && (self.kind != Kind::Sts || score.is_finite()))
+    /// Lists the usable examples when some are not.
+    fn find_usable(&mut self) -> Result<()> {
+        let m = self.query.len();
+        let ends = self.file.items(self.positive_offsets, 0..m + 1)?.unwrap_or_default();
+        let scores = match self.kind {
+            Kind::Sts => self.file.items(self.score, 0..m)?.unwrap_or_default(),
+            _ => &[],
+        };
+        let all = ends.is_sorted_by(|a, b| a < b) && scores.iter().all(|s| s.is_finite());
+        if !all {
+            let pairs = ends.windows(2);
+            if let Some(line) = pairs.into_iter().position(|pair| !pair.is_sorted()) {
+                return Err(self.broken(line as u64));
+            }
+            let has = ends.windows(2).map(|pair| matches!(pair, [start, end] if start < end));
+            let scored = scores.iter().map(|s| s.is_finite()).chain(std::iter::repeat(true));
+            let usable = (0..).zip(has.zip(scored)).filter(|(_, (has, scored))| *has && *scored);
+            self.usable = Some(usable.map(|(i, _)| i).collect());
+        }
+        Ok(())
     }
 
     /// Groups the examples by class; those that are alone in theirs are not usable.
@@ -351,14 +364,20 @@ impl Table {
                 ));
             }
             let values = file.items(values, 0..values.len())?.unwrap_or_default();
-            if let Some(at) = values.iter().position(|row| *row >= self.rows) {
+            // The largest is found many values at a time; which one it is matters only in an error.
+            let largest = values.iter().fold(0, |most, row| most.max(*row));
+            if largest >= self.rows
+                && let Some(at) = values.iter().position(|row| *row >= self.rows)
+            {
                 let line = offsets.partition_point(|o| *o <= at as u64).saturating_sub(1);
                 self.row(line as u64, values.get(at).copied().unwrap_or(u64::MAX))?;
             }
         }
         let queries = self.file.items(self.query, 0..self.query.len())?.unwrap_or_default();
-        for (line, row) in (0..).zip(queries) {
-            self.row(line, *row)?;
+        if queries.iter().fold(0, |most, row| most.max(*row)) >= self.rows {
+            for (line, row) in (0..).zip(queries) {
+                self.row(line, *row)?;
+            }
         }
         Ok(())
     }

@@ -10,7 +10,7 @@ use super::{Span, Store, Tokens};
 use crate::simd;
 
 /// Rows whose tokens are on their way to the processor while one is copied.
-pub(crate) const AHEAD: usize = 4;
+pub(crate) const AHEAD: usize = 8;
 /// A token that took longer than this came from a disk: from memory it takes 1 to 5.
 const COLD_NS_PER_TOKEN: u128 = 25;
 /// Batches that are announced after a cold one. Then one is not: if the store has become warm, the
@@ -88,13 +88,22 @@ impl Store {
 
     /// Brings what a batch needs of rows beside their tokens near the processor.
     pub(crate) fn prefetch(&self, rows: &[u64]) {
+        self.prefetch_offsets(rows);
         self.prefetch_clusters(rows);
         for row in rows {
             let Ok((index, local)) = self.locate(*row) else { continue };
             let Some(shard) = self.shards.get(index) else { continue };
-            simd::prefetch(shard.texts.peek(shard.offsets, local..local + 1));
             simd::prefetch(shard.texts.peek(shard.role, local..local + 1));
             simd::prefetch(shard.texts.peek(shard.prompt_len, local..local + 1));
+        }
+    }
+
+    /// [`Store::prefetch`] for the offsets only.
+    pub(crate) fn prefetch_offsets(&self, rows: &[u64]) {
+        for row in rows {
+            let Ok((index, local)) = self.locate(*row) else { continue };
+            let Some(shard) = self.shards.get(index) else { continue };
+            simd::prefetch(shard.texts.peek(shard.offsets, local..local + 2));
         }
     }
 

@@ -1,7 +1,7 @@
 //! The example table of a task, read in place: which rows an example names, and the draws that
 //! choose among them.
 //!
-//! Tables of up to 2^24 values are checked whole when they are opened, so that a table of another
+//! Tables of up to 2^20 values are checked whole when they are opened, so that a table of another
 //! store is refused before training starts. Of larger ones every value is checked when it is used,
 //! which keeps the time to the first batch independent of the size.
 
@@ -20,7 +20,7 @@ pub const EXAMPLES_FORMAT: &str = "embkit.examples";
 pub const NEGATIVES_FORMAT: &str = "embkit.negatives";
 const VERSION: u32 = 1;
 /// Values of a table that is checked whole at open.
-const CHECKED_VALUES: usize = 1 << 24;
+const CHECKED_VALUES: usize = 1 << 20;
 
 /// A task of a run: its files and its weight.
 #[derive(Clone, Debug)]

@@ -32,8 +32,13 @@ impl Default for Announced {
 }
 
 impl Announced {
+    /// The first batch of a store is announced: a run most often begins with a cold one.
     pub(super) fn new(allowed: bool) -> Self {
-        Self { left: AtomicU32::new(0), allowed }
+        Self { left: AtomicU32::new(allowed.into()), allowed }
+    }
+
+    fn is_on(&self) -> bool {
+        self.left.load(Ordering::Relaxed) > 0
     }
 
     fn next(&self) -> bool {
@@ -86,8 +91,19 @@ impl Store {
         }
     }
 
-    /// Brings what a batch needs of rows beside their tokens near the processor.
+    /// Brings what a batch needs of rows beside their tokens near the processor; from a disk, when
+    /// batches are announced.
     pub(crate) fn prefetch(&self, rows: &[u64]) {
+        if self.announced.is_on() {
+            for row in rows {
+                let Ok((index, local)) = self.locate(*row) else { continue };
+                let Some(shard) = self.shards.get(index) else { continue };
+                shard.texts.will_need(shard.offsets, local..local + 2);
+                shard.texts.will_need(shard.cluster, local..local + 1);
+                shard.texts.will_need(shard.role, local..local + 1);
+                shard.texts.will_need(shard.prompt_len, local..local + 1);
+            }
+        }
         self.prefetch_offsets(rows);
         self.prefetch_clusters(rows);
         for row in rows {
@@ -124,6 +140,7 @@ mod tests {
     #[test]
     fn batches_are_announced_after_a_cold_one_and_sometimes_not() {
         let announced = Announced::default();
+        assert!(announced.is_on() && announced.next() && !announced.is_on());
         let (warm, cold) = (Duration::from_nanos(5_000), Duration::from_nanos(50_000));
         announced.note(1000, warm);
         assert!(!announced.next());

@@ -8,7 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -89,26 +89,11 @@ def write(quick: bool) -> Case:
     )
 
 
-_OPEN = ExitStack()
-
-
-@cache
-def large_store(quick: bool) -> Path:
-    """A store of 10 GB (quick: of 50 MB) with examples; removed by :func:`close_large`."""
-    rows = 90_000 if quick else _ROWS_OF_10_GB
-    return _OPEN.enter_context(made_store(rows, length=256, examples=True, negatives=1))
-
-
-def close_large() -> None:
-    """Remove what :func:`large_store` has made."""
-    _OPEN.close()
-    large_store.cache_clear()
-
-
 def opened(quick: bool) -> Case:
     """Open a large store through the public class."""
-    large = large_store(quick)
     stack = ExitStack()
+    rows = 90_000 if quick else _ROWS_OF_10_GB
+    large = stack.enter_context(made_store(rows, length=256, examples=True, negatives=1))
     small = stack.enter_context(made_store(90_000, length=256))
     size = sum(p.stat().st_size for p in large.rglob("*") if p.is_file())
     drop(large)

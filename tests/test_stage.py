@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import os
 import threading
 from pathlib import Path
 
@@ -84,6 +85,31 @@ def test_two_executors_of_one_stage_do_its_work_once(tmp_path: Path) -> None:
     for thread in threads:
         thread.join(timeout=60)
     assert sorted(worked) == [False, False, False, True]
+
+
+def test_waiting_for_a_directory_that_is_published_again_and_again(tmp_path: Path) -> None:
+    """A lock is taken whatever moment its directory goes and comes: no errors, one holder."""
+    work, holders, errors = tmp_path / "work", [0], []
+
+    def hold() -> None:
+        try:
+            for _ in range(500):
+                lock = stage._lock(work)
+                holders[0] += 1
+                assert holders[0] == 1
+                holders[0] -= 1
+                work.rename(tmp_path / f"out-{threading.get_ident()}")
+                (tmp_path / f"out-{threading.get_ident()}").rmdir()
+                os.close(lock)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=hold) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    assert not errors
 
 
 @pytest.mark.parametrize("name", ["sub/value.txt", "manifest.json"])

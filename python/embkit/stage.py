@@ -281,10 +281,13 @@ def _hash_file(path: Path) -> str:
 def _lock(directory: Path) -> int:
     """Hold the partial directory itself, so that no lock file is left behind."""
     while True:
-        directory.mkdir(parents=True, exist_ok=True)
-        handle = os.open(directory, os.O_RDONLY)
-        fcntl.flock(handle, fcntl.LOCK_EX)
+        # Another executor may publish the directory, which takes it away, between any two lines.
+        with suppress(FileExistsError):
+            directory.mkdir(parents=True)
         with suppress(FileNotFoundError):
-            if os.stat(directory).st_ino == os.fstat(handle).st_ino:  # noqa: PTH116
-                return handle
-        os.close(handle)  # it was published while we waited: look again
+            handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            with suppress(FileNotFoundError):
+                if os.stat(directory).st_ino == os.fstat(handle).st_ino:  # noqa: PTH116
+                    return handle
+            os.close(handle)

@@ -198,6 +198,28 @@ class RecordsBuilder:
 
 # ---------------------------------------------------------------- texts
 
+def exact_duplicates(
+    shards: Shards,
+    priority: _U32 | None = None,
+    punctuation: str = "keep",
+    memory: int = 0,
+    spill: _Path | None = None,
+    threads: int = 0,
+    progress: _Progress = None,
+) -> _U64:
+    """Representative row [n] of every row: the first of the lowest ``priority`` [n] among the rows
+    whose normalised text is equal, itself when it is alone.
+
+    ``punctuation="drop"`` compares words only (characters in scripts without spaces). Texts that
+    say nothing are alone. Holds 40 bytes per row; with a cap of ``memory`` bytes (0: none), rows
+    beyond it go through files in the directory ``spill``, to the same result. Progress counts rows.
+
+    Raises:
+        UsageError: unknown ``punctuation``, priorities of another length, no ``spill`` where it is
+            needed, or bytes that are not UTF-8 (records refuse lone surrogates and broken UTF-8
+            when they are read, so only hand-made shards get here).
+    """
+
 def near_duplicates(
     shards: Shards,
     threshold: float = 0.8,

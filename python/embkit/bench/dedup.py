@@ -11,6 +11,7 @@ import numpy as np
 from embkit import _rust
 from embkit.bench import Case
 from embkit.bench.corpus import digest, text_shard, texts
+from embkit.bench.exact import exact
 
 _THRESHOLD = 0.7
 
@@ -99,4 +100,4 @@ def _read_limit(data: np.ndarray) -> tuple[str, float]:
     return "one read", 4 * len(data) / 1e6 / max(time.process_time() - started, 1e-9)
 
 
-CASES = (near,)
+CASES = (near, exact)

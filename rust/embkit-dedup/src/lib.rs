@@ -9,6 +9,7 @@
 #![deny(missing_docs, unsafe_op_in_unsafe_fn)]
 
 mod contamination;
+mod exact;
 mod minhash;
 pub mod naive;
 mod near;
@@ -18,6 +19,7 @@ mod simd;
 mod units;
 
 pub use contamination::{CommonGram, Contamination, ContaminationParams, Hit, contamination};
+pub use exact::{ExactParams, Punctuation, exact_duplicates};
 pub use minhash::Bands;
 pub use near::{Clusters, DedupParams, near_duplicates};
 pub use normalize::normalize;

@@ -1,11 +1,20 @@
 //! The same questions answered the slow, obvious way: what the fast answers are tested against.
 
 use crate::contamination::{ContaminationParams, Hit};
+use crate::exact::Punctuation;
 use crate::near::DedupParams;
-use crate::normalize::{Unit, continues_word, is_word_char, normalize, unit_of};
+use crate::normalize::{Unit, continues_word, is_word_char, unit_of};
 use crate::shingle::{jaccard, shingles};
 use embkit_core::hash128;
 use std::collections::{BTreeMap, BTreeSet};
+use unicode_normalization::UnicodeNormalization;
+
+/// The definition of [`crate::normalize()`], character by character.
+pub fn normalize(text: &str) -> String {
+    let lower = |c: char| c.to_lowercase().map(|l| if l == 'ς' { 'σ' } else { l });
+    let spelled: String = text.nfkc().flat_map(lower).nfkc().collect();
+    spelled.split_whitespace().collect::<Vec<_>>().join(" ")
+}
 
 /// Greedy stars with every earlier representative compared; returns (representative, similarity).
 ///
@@ -52,6 +61,26 @@ pub fn pairs(texts: &[&str], params: &DedupParams) -> Vec<(usize, usize)> {
         }
     }
     out
+}
+
+/// Representatives by a map of whole normal forms; see [`crate::exact_duplicates`].
+pub fn exact_duplicates(texts: &[&str], priority: &[u32], punctuation: Punctuation) -> Vec<u64> {
+    let form = |text: &str| match punctuation {
+        Punctuation::Keep => vec![normalize(text)],
+        Punctuation::Drop => units(text).1,
+    };
+    let mut groups: BTreeMap<Vec<String>, Vec<usize>> = BTreeMap::new();
+    for (row, text) in texts.iter().enumerate() {
+        groups.entry(form(text)).or_default().push(row);
+    }
+    let mut representative: Vec<u64> = (0..texts.len() as u64).collect();
+    for (form, rows) in groups {
+        let first = rows.iter().min_by_key(|&&row| (priority[row], row));
+        if let Some(&first) = first.filter(|_| !form.concat().is_empty()) {
+            rows.iter().for_each(|&row| representative[row] = first as u64);
+        }
+    }
+    representative
 }
 
 /// Words or characters of the normalised text, as strings.

@@ -10,6 +10,7 @@
 mod arrays;
 mod arrow;
 mod compose;
+mod dedup;
 mod door;
 mod error;
 mod files;
@@ -39,6 +40,7 @@ fn _rust(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_function(wrap_pyfunction!(files::file_info, m)?)?;
     m.add_function(wrap_pyfunction!(files::permute, m)?)?;
     m.add_class::<records::RecordsBuilder>()?;
+    m.add_function(wrap_pyfunction!(dedup::exact_duplicates, m)?)?;
     m.add_function(wrap_pyfunction!(texts::near_duplicates, m)?)?;
     m.add_function(wrap_pyfunction!(texts::contamination, m)?)?;
     m.add_function(wrap_pyfunction!(texts::tokenize, m)?)?;

@@ -500,6 +500,35 @@ def micro_batches(lengths: _U32, budget: int, padded: bool = True) -> tuple[_U32
     Padded micro-batches are cut where padding plus a price per batch is least in sum.
     """
 
+# ---------------------------------------------------------------- rule filters
+
+def filter_texts(
+    shards: Shards,
+    rules: Sequence[tuple[str, bool, float, int]],
+    languages: Sequence[int] | None = None,
+    detect: bool = False,
+    threads: int = 0,
+    progress: _Progress = None,
+) -> tuple[_U32, _U16]:
+    """Which rules each text fails, and its language: ``(failed [n], language [n])``.
+
+    Args:
+        shards: the texts.
+        rules: at most 31 of ``(statistic, least, threshold, from_words)``: values below the
+            threshold fail when ``least``, else values above it; texts of fewer words pass.
+        languages: codes that are wanted, None for all. detect: tell the language in any case.
+
+    Returns:
+        Bit i of ``failed`` is rule i, bit 31 an unwanted language; ``language`` is a place in the
+        list of :func:`filter_names`, 0 when not known or not looked for. Progress counts texts.
+    """
+
+def text_statistics(shards: Shards, rows: _U64) -> NDArray[np.float64]:
+    """Every statistic of the texts at ``rows``: [rows x statistics], row-major."""
+
+def filter_names() -> tuple[list[str], list[str], list[str]]:
+    """Names of the statistics, ISO 639-3 codes of the languages, phrases of page furniture."""
+
 # ---------------------------------------------------------------- stores out of stores
 
 def merge_rows(

@@ -10,6 +10,7 @@
 
 mod contamination;
 mod exact;
+pub mod filter;
 mod minhash;
 pub mod naive;
 mod near;

@@ -14,6 +14,7 @@ mod dedup;
 mod door;
 mod error;
 mod files;
+mod filters;
 mod loader;
 mod records;
 mod search;
@@ -43,6 +44,9 @@ fn _rust(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_function(wrap_pyfunction!(dedup::exact_duplicates, m)?)?;
     m.add_function(wrap_pyfunction!(texts::near_duplicates, m)?)?;
     m.add_function(wrap_pyfunction!(texts::contamination, m)?)?;
+    m.add_function(wrap_pyfunction!(filters::filter_texts, m)?)?;
+    m.add_function(wrap_pyfunction!(filters::text_statistics, m)?)?;
+    m.add_function(wrap_pyfunction!(filters::filter_names, m)?)?;
     m.add_function(wrap_pyfunction!(texts::tokenize, m)?)?;
     m.add_class::<store::Store>()?;
     m.add_class::<loader::Plan>()?;

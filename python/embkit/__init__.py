@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from embkit import kernels as kernels
     from embkit.data import read as read
     from embkit.data.dedup import dedup as dedup
+    from embkit.data.filter import filter as filter
     from embkit.data.tokenize import tokenize as tokenize
     from embkit.errors import EmbkitError as EmbkitError
     from embkit.evaluate import evaluate as evaluate
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 _HOME = {
     "read": "embkit.data",
     "dedup": "embkit.data",
+    "filter": "embkit.data",
     "tokenize": "embkit.data",
     "Encoder": "embkit.model",
     "prefinetune": "embkit.train",

@@ -130,6 +130,47 @@ def dedup(
     _done(out)
 
 
+@app.command("filter")
+def filter_(
+    records: Annotated[list[str], typer.Argument(help="A records directory, or record files.")],
+    out: Out,
+    preset: Annotated[str, typer.Option("--preset", help="default, gopher or off.")] = "default",
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="RULE=VALUE", help="Set a rule's bound; repeatable."),
+    ] = None,
+    languages: Annotated[
+        str | None, typer.Option("--languages", help="Languages that stay, e.g. en,de.")
+    ] = None,
+    action: Annotated[str, typer.Option("--action", help="drop, or mark.")] = "drop",
+    score_model: Annotated[
+        str | None, typer.Option("--score-model", help="Model that compares query and positive.")
+    ] = None,
+    min_score: Annotated[float, typer.Option("--min-score", help="Least cosine of a pair.")] = 0.4,
+    fresh: Fresh = False,
+) -> None:
+    """Remove texts that break rules, and pairs that a model finds unlike (docs/filters.md)."""
+    from embkit import data
+    from embkit.recipe import apply_override
+
+    settings: dict[str, Any] = {}
+    for item in set_ or []:
+        apply_override(settings, item)
+    finished = len(records) == 1 and (Path(records[0]) / "manifest.json").is_file()
+    done = data.filter(
+        Path(records[0]) if finished else data.read(records),
+        out=out,
+        rules=data.FilterRules.preset(preset, settings),
+        languages=languages.split(",") if languages else None,
+        action=action,
+        score=data.ScoreFilter(model=score_model, threshold=min_score) if score_model else None,
+        fresh=fresh,
+    )
+    for task, counts in done.report["examples"].items():
+        print(f"  {task}: {counts['before']} examples, {counts['after']} pass")
+    _done(out)
+
+
 @app.command()
 def tokenize(
     records: Annotated[list[str], typer.Argument(help="A dedup output, or record files.")],

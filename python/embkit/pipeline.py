@@ -32,10 +32,12 @@ STAGES = (
     "evaluate",
     "export",
 )
+_EVERY = (*STAGES[:2], "filter", *STAGES[2:])  # with what a recipe may switch on
 # What each stage publishes in the run directory; scores/ also serves the soup's choice on dev.
 _OUTPUTS = {
     "read": ("records",),
     "dedup": ("clean",),
+    "filter": ("filtered",),
     "tokenize": ("store",),
     "prefinetune": ("init", "pre"),
     "mine": ("mined",),
@@ -147,6 +149,10 @@ class _Run:
         against = [self.data / "dev", self.data / "test"]
         clean = data.dedup(records, out=out / "clean", against=against, **dedup_options(recipe))
 
+        if recipe.filter.enabled:
+            self._stage("filter", "texts that break rules, pairs that do not belong together")
+            clean = data.filter(clean, out=out / "filtered", **filter_options(recipe))
+
         self._stage("tokenize", "texts to token shards")
         return data.tokenize(clean, out=out / "store", **tokenizer_options(recipe))
 
@@ -186,12 +192,18 @@ class _Run:
             },
             "dedup": _read_json(self.out / "clean" / "report.json"),
             "mine": _read_json(self.out / "mined" / "report.json"),
+            **(
+                {"filter": _read_json(self.out / "filtered" / "report.json")}
+                if self.recipe.filter.enabled
+                else {}
+            ),
         }
 
     def _stage(self, name: str, about: str) -> None:
         self._close_stage()
         self.current = (name, time.monotonic())
-        print(f"[{STAGES.index(name) + 1}/{len(STAGES)}] {name}: {about}", flush=True)
+        stages = stages_of(self.recipe)
+        print(f"[{stages.index(name) + 1}/{len(stages)}] {name}: {about}", flush=True)
 
     def _close_stage(self) -> None:
         if self.current is None:
@@ -238,6 +250,11 @@ class _Run:
         print('  model.similarity(model.encode(["text editor"]), model.encode(["edits files"]))')
 
 
+def stages_of(recipe: Recipe) -> tuple[str, ...]:
+    """The stages that a recipe runs, in order."""
+    return _EVERY if recipe.filter.enabled else STAGES
+
+
 def data_folder(recipe: Recipe) -> Path:
     """The data folder of a recipe: its own, or the bundled demo data.
 
@@ -275,6 +292,22 @@ def training_files(folder: Path) -> list[str]:
 def dedup_options(recipe: Recipe) -> dict[str, Any]:
     """Keyword arguments of :func:`embkit.data.dedup`."""
     return dict(recipes.to_table(recipe)["dedup"])
+
+
+def filter_options(recipe: Recipe) -> dict[str, Any]:
+    """Keyword arguments of :func:`embkit.data.filter`."""
+    from embkit.data import FilterRules, ScoreFilter
+
+    f = recipe.filter
+    score = None
+    if f.score_model is not None:
+        score = ScoreFilter(model=f.score_model, threshold=f.min_score)
+    return {
+        "rules": FilterRules.preset(f.preset, f.rules),
+        "languages": list(f.languages) or None,
+        "action": f.action,
+        "score": score,
+    }
 
 
 def tokenizer_options(recipe: Recipe) -> dict[str, Any]:
@@ -334,7 +367,7 @@ def describe(recipe: Recipe, *, out: Path) -> str:
                 f"{name}: {times} x {config.steps} steps of {config.batch_size} rows, at most "
                 f"{times * flops / rate:.0f} s of arithmetic here, {states / 2**30:.1f} GiB"
             )
-    for name in STAGES:
+    for name in stages_of(recipe):
         there = any(any(out.glob(pattern)) for pattern in _OUTPUTS[name])
         lines.append(
             f"  {name:<12} {', '.join(_OUTPUTS[name]):<16} {'there' if there else 'to do'}"
@@ -389,9 +422,9 @@ def _clear(out: Path, from_stage: str | None) -> None:
     """Remove the outputs of a stage and of all after it."""
     if from_stage is None:
         return
-    if from_stage not in STAGES:
-        raise UsageError(f"There is no stage {from_stage!r}; {nearest(from_stage, STAGES)}")
-    for name in reversed(STAGES[STAGES.index(from_stage) :]):
+    if from_stage not in _EVERY:
+        raise UsageError(f"There is no stage {from_stage!r}; {nearest(from_stage, _EVERY)}")
+    for name in reversed(_EVERY[_EVERY.index(from_stage) :]):
         for pattern in _OUTPUTS[name]:
             for path in [*out.glob(pattern), *out.glob(f".partial-{pattern}-*")]:
                 if path.is_dir() and not path.is_symlink():

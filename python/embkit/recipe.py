@@ -72,6 +72,37 @@ class Dedup:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Filter:
+    """Rule and score filters, between deduplication and tokenization.
+
+    Attributes:
+        enabled: whether the stage runs.
+        preset: bounds of the rules: default, gopher or off.
+        rules: bounds that differ from the preset's, by rule (docs/filters.md); "off" is none.
+        languages: codes of the languages that stay; empty for all.
+        action: drop, or mark (write what would go).
+        score_model: a model that compares queries and positives, or None.
+        min_score: the least cosine of a pair under that model.
+    """
+
+    enabled: bool = False
+    preset: str = "default"
+    rules: Mapping[str, Any] = field(default_factory=dict)
+    languages: tuple[str, ...] = ()
+    action: str = "drop"
+    score_model: str | None = None
+    min_score: float = 0.4
+
+    def __post_init__(self) -> None:
+        _one_of("filter.action", self.action, ("drop", "mark"))
+        _require(
+            -1 <= self.min_score <= 1,
+            f"filter.min_score = {self.min_score} is no cosine.",
+            "give -1 to 1, e.g. 0.4",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Tokenizer:
     """How texts become tokens.
 
@@ -253,6 +284,7 @@ class Recipe:
     name: str = "quickstart"
     data: Data = field(default_factory=Data)
     dedup: Dedup = field(default_factory=Dedup)
+    filter: Filter = field(default_factory=Filter)
     tokenizer: Tokenizer = field(default_factory=Tokenizer)
     model: Model = field(default_factory=Model)
     prefinetune: Train = field(default_factory=Train)

@@ -19,6 +19,8 @@ FROZEN = {
     "run": {"recipe", "--out", "--set", "--from", "--fresh", "--dry-run"},
     "explain": {"recipe", "--set"},
     "dedup": {"sources", "--out", "--against", "--recipe", "--set"},
+    "filter": {"records", "--out", "--preset", "--set", "--languages", "--action", "--score-model"}
+    | {"--min-score", "--fresh"},
     "tokenize": {"records", "--out", "--recipe", "--set"},
     "store merge": {"inputs", "--out"},
     "store append": {"store", "more", "--out"},

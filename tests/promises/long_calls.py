@@ -136,6 +136,14 @@ def filter_negatives(size: int) -> Call:
     )  # fmt: skip
 
 
+def filter_texts(size: int) -> Call:
+    one, rules = (
+        shard(4000 * size, 100),
+        [("top_2gram", False, 0.2, 0), ("lorem_ipsum", False, 0, 0)],
+    )
+    return lambda progress: _rust.filter_texts([one], rules, threads=1, progress=progress)
+
+
 CASES: dict[str, Callable[[int], Call]] = {
     "RecordsBuilder.add_arrow": add_arrow,
     "RecordsBuilder.add_jsonl": add_jsonl,
@@ -143,6 +151,7 @@ CASES: dict[str, Callable[[int], Call]] = {
     "compose_store": compose_store,
     "contamination": contamination,
     "filter_negatives": filter_negatives,
+    "filter_texts": filter_texts,
     "merge_rows": merge_rows,
     "near_duplicates": near_duplicates,
     "tokenize": tokenize,

@@ -6,6 +6,9 @@ from embkit.data.batches import Batches
 from embkit.data.compose import append, merge, subset
 from embkit.data.dedup import dedup
 from embkit.data.export import to_datasets
+from embkit.data.filter import filter
+from embkit.data.filter_rules import FilterRules, text_statistics
+from embkit.data.filter_score import ScoreFilter
 from embkit.data.loader import Store
 from embkit.data.records import Records, read
 from embkit.data.tables import Examples, Texts
@@ -14,14 +17,18 @@ from embkit.data.tokenize import tokenize
 __all__ = [
     "Batches",
     "Examples",
+    "FilterRules",
     "Records",
+    "ScoreFilter",
     "Store",
     "Texts",
     "append",
     "dedup",
+    "filter",
     "merge",
     "read",
     "subset",
+    "text_statistics",
     "to_datasets",
     "tokenize",
 ]

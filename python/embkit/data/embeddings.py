@@ -15,7 +15,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embkit import _rust, container
-from embkit.data.loader import Store
 from embkit.data.tables import Array
 from embkit.errors import CorruptError
 from embkit.progress import Bar
@@ -30,13 +29,13 @@ class Embeddings:
     Args:
         directory: where the blocks are.
         encoder: an ``embkit.model.Encoder``; full width, fp32, normalised.
-        store: the rows' store.
+        store: the rows' store, or what else has prompts and rows that the encoder embeds.
         rows: U64 [n], sorted, distinct: which store rows are embedded, in file order.
         model: digest of the encoder, kept in every file.
     """
 
     def __init__(
-        self, directory: Path, encoder: Any, store: Store, *, rows: Array, model: str
+        self, directory: Path, encoder: Any, store: Any, *, rows: Array, model: str
     ) -> None:
         self.directory, self.encoder, self.store, self.rows = directory, encoder, store, rows
         self.metadata = {

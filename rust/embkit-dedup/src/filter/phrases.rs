@@ -4,7 +4,8 @@ use aho_corasick::{AhoCorasick, AhoCorasickBuilder, AhoCorasickKind};
 use std::sync::LazyLock;
 
 /// The filler text first; then what marks a line as furniture of a web page. C4 drops every line
-/// with "javascript"; a text may be about JavaScript, so here only requests to switch it on count.
+/// with "javascript" or "use cookies"; a text may be about either, so here only phrases that speak
+/// to a visitor count.
 pub const PHRASES: [&str; 14] = [
     "lorem ipsum",
     "enable javascript",
@@ -13,9 +14,9 @@ pub const PHRASES: [&str; 14] = [
     "requires javascript",
     "javascript must be enabled",
     "cookie policy",
-    "uses cookies",
-    "use of cookies",
-    "use cookies",
+    "site uses cookies",
+    "the use of cookies",
+    "we use cookies",
     "accept cookies",
     "terms of use",
     "terms of service",

@@ -384,7 +384,7 @@ fn ellipses(word: &[u8]) -> u64 {
     word.split(|&b| b != b'.').map(|run| run.len() as u64 / 3).sum()
 }
 
-/// The bit of a stop word, whatever its case, without the punctuation around it.
+/// The bit of a stop word, whatever its case and what is no ASCII letter or digit around it.
 #[inline]
 fn stop_word(word: &[u8]) -> u8 {
     let outside = |b: &u8| !b.is_ascii_alphanumeric();

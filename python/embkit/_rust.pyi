@@ -245,14 +245,25 @@ def contamination(
     common: int = 10,
     threads: int = 0,
     progress: _Progress = None,
-) -> tuple[_U64, _U64, _U64, _U64, _F32, tuple[int, int, list[tuple[int, int, int, int]]]]:
+    units: str = "auto",
+    sets: _U32 | None = None,
+) -> dict[str, Any]:
     """Training rows that contain evaluation text.
 
-    Returns ``(train_row, eval_row, start, end, overlap, common)``. Of the arrays one entry per such
-    row: the byte span in the training text and the share of it that is shared. Runs of ``words``
-    words (``chars`` characters in scripts without spaces) count, unless more than ``common``
-    training rows have them. The last is about those: how many n-grams, how many training rows share
-    nothing else, and up to 100 as ``(eval_row, start, end, train_rows)``.
+    Runs of ``words`` words (``chars`` characters in scripts without spaces; ``units`` = "words" or
+    "chars" decides for all texts) count, unless more than ``common`` training rows have them; so
+    does a whole text, however short. ``sets`` [evaluation rows] numbers the evaluation sets.
+
+    Returns arrays of one entry per leaking row, h of them: ``train_row``, ``eval_row``, ``start``
+    and ``end`` (bytes of the longest span in the training text), ``overlap`` (share of its units in
+    any span, F32), ``runs`` (separate spans, U32), ``whole`` (equal to an evaluation text, bool),
+    and the sets that have any of it as ``set_offsets`` U64 [h + 1] and ``sets`` U32. Beside them
+    ``set_rows`` U64 (leaking rows per set), ``eval_texts`` (those with anything to compare), and of
+    n-grams in too many rows: ``common`` (how many), ``common_only_rows`` (training rows that share
+    nothing else), ``common_samples``: up to 100 ``(eval_row, start, end, train_rows)``.
+
+    Progress counts training rows once each. Raises UsageError for runs of 0, unknown ``units``,
+    wrong ``sets``, and texts above 128 MiB or not UTF-8.
     """
 
 def tokenize(

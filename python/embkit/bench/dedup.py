@@ -10,6 +10,7 @@ import numpy as np
 
 from embkit import _rust
 from embkit.bench import Case
+from embkit.bench.contamination import contamination, contamination_chars, contamination_mixed
 from embkit.bench.corpus import digest, text_shard, texts
 from embkit.bench.exact import exact
 
@@ -100,4 +101,4 @@ def _read_limit(data: np.ndarray) -> tuple[str, float]:
     return "one read", 4 * len(data) / 1e6 / max(time.process_time() - started, 1e-9)
 
 
-CASES = (near, exact)
+CASES = (near, exact, contamination, contamination_mixed, contamination_chars)

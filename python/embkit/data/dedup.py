@@ -141,10 +141,12 @@ def _leaks(
     with bar("Near-duplicates of eval", total=len(texts) + len(held), unit="texts") as progress:
         near, near_to = _near(texts, held, params, progress)
     with bar("Leaks", total=len(texts), unit="texts") as progress:
-        train_row, eval_row, start, end, overlap, common = _rust.contamination(
+        found = _rust.contamination(
             texts.shards, held.shards, words=params["words"], chars=params["chars"]
         )
         progress.update(len(texts))
+    train_row, eval_row, overlap = found["train_row"], found["eval_row"], found["overlap"]
+    start, end = found["start"], found["end"]
     span = np.zeros(len(texts), bool)
     span[train_row] = True
     leaked = exact | near | span
@@ -175,19 +177,19 @@ def _leaks(
         "span": int((span & ~exact & ~near).sum()),
         "spans": samples,
         "near_samples": nearly,
-        "common": _common(held, common),
+        "common": _common(held, found),
     }
 
 
-def _common(held: Texts, found: tuple[int, int, list[tuple[int, int, int, int]]]) -> dict[str, Any]:
+def _common(held: Texts, found: dict[str, Any]) -> dict[str, Any]:
     """Runs of words that too many training texts share to be leaks: reported, not removed."""
-    ngrams, only, samples = found
+    ngrams, only = found["common"], found["common_only_rows"]
     shown = [
         {
             "span": _short(held.get(row).encode()[start:end].decode("utf-8", "replace")),
             "training_texts": rows,
         }
-        for row, start, end, rows in samples[:_SAMPLES]
+        for row, start, end, rows in found["common_samples"][:_SAMPLES]
     ]
     return {"ngrams": ngrams, "texts_with_nothing_else": only, "samples": shown}
 

@@ -44,7 +44,7 @@ fn bench(c: &mut Criterion) {
     let eval = [TextShard { bytes: &bytes[..offsets[500] as usize], ..eval[0] }];
     group.bench_function("contamination", |b| {
         let params = ContaminationParams { threads: 1, ..Default::default() };
-        b.iter(|| contamination(&shard, &eval, &params, &Job::new()));
+        b.iter(|| contamination(&shard, &eval, None, &params, &Job::new()));
     });
     group.finish();
 }

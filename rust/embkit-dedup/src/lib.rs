@@ -25,3 +25,4 @@ pub use minhash::Bands;
 pub use near::{Clusters, DedupParams, near_duplicates};
 pub use normalize::normalize;
 pub use shingle::{ShingleParams, Shingler, jaccard, shingles};
+pub use units::Units;

@@ -5,6 +5,7 @@ use crate::exact::Punctuation;
 use crate::near::DedupParams;
 use crate::normalize::{Unit, continues_word, is_word_char, unit_of};
 use crate::shingle::{jaccard, shingles};
+use crate::units::Units;
 use embkit_core::hash128;
 use std::collections::{BTreeMap, BTreeSet};
 use unicode_normalization::UnicodeNormalization;
@@ -67,7 +68,7 @@ pub fn pairs(texts: &[&str], params: &DedupParams) -> Vec<(usize, usize)> {
 pub fn exact_duplicates(texts: &[&str], priority: &[u32], punctuation: Punctuation) -> Vec<u64> {
     let form = |text: &str| match punctuation {
         Punctuation::Keep => vec![normalize(text)],
-        Punctuation::Drop => units(text).1,
+        Punctuation::Drop => units(text, Units::Auto).1,
     };
     let mut groups: BTreeMap<Vec<String>, Vec<usize>> = BTreeMap::new();
     for (row, text) in texts.iter().enumerate() {
@@ -84,9 +85,13 @@ pub fn exact_duplicates(texts: &[&str], priority: &[u32], punctuation: Punctuati
 }
 
 /// Words or characters of the normalised text, as strings.
-fn units(text: &str) -> (Unit, Vec<String>) {
+pub(crate) fn units(text: &str, units: Units) -> (Unit, Vec<String>) {
     let norm = normalize(text);
-    let unit = unit_of(&norm);
+    let unit = match units {
+        Units::Auto => unit_of(&norm),
+        Units::Words => Unit::Word,
+        Units::Chars => Unit::Char,
+    };
     if unit == Unit::Char {
         return (unit, norm.chars().filter(|&c| is_word_char(c)).map(String::from).collect());
     }
@@ -106,52 +111,65 @@ fn units(text: &str) -> (Unit, Vec<String>) {
 
 /// Hits by string n-grams in a map. Spans are those of ASCII texts: `start` and `end` are found by
 /// walking the original text's words, so pass ASCII when comparing spans.
-pub fn contamination(train: &[&str], eval: &[&str], params: &ContaminationParams) -> Vec<Hit> {
-    let mut first: BTreeMap<Vec<String>, usize> = BTreeMap::new();
-    let mut whole: BTreeMap<Vec<String>, usize> = BTreeMap::new();
+pub fn contamination(
+    train: &[&str],
+    eval: &[&str],
+    sets: &[u32],
+    params: &ContaminationParams,
+) -> Vec<Hit> {
+    type Gram = (bool, Vec<String>);
+    let mut first: BTreeMap<Gram, (usize, BTreeSet<u32>)> = BTreeMap::new();
+    let mut whole: BTreeMap<Gram, (usize, BTreeSet<u32>)> = BTreeMap::new();
     let n_of = |unit| if unit == Unit::Word { params.words } else { params.chars };
+    let key = |unit: Unit, units: &[String]| (unit == Unit::Word, units.to_vec());
     for (row, text) in eval.iter().enumerate() {
-        let (unit, units) = units(text);
+        let (unit, units) = units(text, params.units);
+        let empty = || (row, BTreeSet::new());
         if !units.is_empty() {
-            whole.entry(units.clone()).or_insert(row);
+            whole.entry(key(unit, &units)).or_insert_with(empty).1.insert(sets[row]);
         }
         for gram in units.windows(n_of(unit)) {
-            first.entry(gram.to_vec()).or_insert(row);
+            first.entry(key(unit, gram)).or_insert_with(empty).1.insert(sets[row]);
         }
     }
-    let mut rows_with: BTreeMap<Vec<String>, u32> = BTreeMap::new();
+    let mut rows_with: BTreeMap<Gram, u32> = BTreeMap::new();
     for text in train {
-        let (unit, units) = units(text);
-        let grams: BTreeSet<Vec<String>> = units.windows(n_of(unit)).map(<[_]>::to_vec).collect();
+        let (unit, units) = units(text, params.units);
+        let grams: BTreeSet<Gram> = units.windows(n_of(unit)).map(|g| key(unit, g)).collect();
         grams.into_iter().for_each(|g| *rows_with.entry(g).or_default() += 1);
     }
     let mut hits = Vec::new();
     for (row, text) in train.iter().enumerate() {
-        let (unit, units) = units(text);
+        let (unit, units) = units(text, params.units);
         let spans = spans(text, &units);
         let n = n_of(unit);
+        let at = |i: usize| {
+            let gram = key(unit, units.get(i..i + n)?);
+            first.get(&gram).filter(|_| rows_with[&gram] <= params.common)
+        };
         let mut best: Option<(usize, usize, usize)> = None;
         let mut covered = vec![false; units.len()];
-        if let Some(&eval_row) = whole.get(&units) {
-            best = Some((eval_row, spans[0].0, spans[units.len() - 1].1));
-            covered.fill(true);
-        } else {
-            let at = |i: usize| {
-                let gram = units.get(i..i + n)?;
-                first.get(gram).filter(|_| rows_with[gram] <= params.common)
-            };
-            for i in 0..units.len() {
-                let Some(&eval_row) = at(i) else { continue };
-                covered[i..i + n].fill(true);
-                let mut last = i;
-                while at(last + 1).is_some() {
-                    last += 1;
-                }
-                let (start, end) = (spans[i].0, spans[last + n - 1].1);
-                if best.is_none_or(|(_, from, to)| end - start > to - from) {
-                    best = Some((eval_row, start, end));
-                }
+        let (mut runs, mut found) = (0, BTreeSet::new());
+        for i in 0..units.len() {
+            let Some((eval_row, in_sets)) = at(i) else { continue };
+            found.extend(in_sets);
+            runs += u32::from(i == 0 || at(i - 1).is_none());
+            covered[i..i + n].fill(true);
+            let mut last = i;
+            while at(last + 1).is_some() {
+                last += 1;
             }
+            let (start, end) = (spans[i].0, spans[last + n - 1].1);
+            if best.is_none_or(|(_, from, to)| end - start > to - from) {
+                best = Some((*eval_row, start, end));
+            }
+        }
+        let equal = whole.get(&key(unit, &units));
+        if let Some((eval_row, in_sets)) = equal {
+            best = Some((*eval_row, spans[0].0, spans[units.len() - 1].1));
+            covered.fill(true);
+            runs = 1;
+            found.extend(in_sets);
         }
         if let Some((eval_row, start, end)) = best {
             let count = covered.iter().filter(|c| **c).count();
@@ -161,6 +179,9 @@ pub fn contamination(train: &[&str], eval: &[&str], params: &ContaminationParams
                 start: start as u64,
                 end: end as u64,
                 overlap: count as f32 / units.len() as f32,
+                runs,
+                whole: equal.is_some(),
+                sets: found.into_iter().collect(),
             });
         }
     }

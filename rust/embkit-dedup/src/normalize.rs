@@ -13,7 +13,7 @@
 //! take the long way.
 
 mod ascii;
-mod table;
+pub(crate) mod table;
 pub(crate) mod words;
 
 use embkit_core::{Error, Job, Result};

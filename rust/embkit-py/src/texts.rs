@@ -2,7 +2,7 @@
 
 use crate::arrays::{PyShards, array, info, shards, slice};
 use crate::door::{long, short};
-use embkit_dedup::{ContaminationParams, DedupParams, ShingleParams};
+use embkit_dedup::{ContaminationParams, DedupParams, ShingleParams, Units};
 use embkit_store::tokenize::{Backend, Inputs, SHARD_BYTES, Settings};
 use numpy::{PyArray1, PyReadonlyArray1};
 use pyo3::prelude::*;
@@ -32,14 +32,10 @@ pub(crate) fn near_duplicates<'py>(
     Ok((array(py, found.representative), array(py, found.similarity), found.checked))
 }
 
-/// Common n-grams: how many, training rows that share only such, and some of them as evaluation
-/// row, byte span in it, and training rows.
-type Common = (u64, u64, Vec<(u64, u64, u64, u32)>);
-type Leaks<'py> = (U64s<'py>, U64s<'py>, U64s<'py>, U64s<'py>, F32s<'py>, Common);
-
-/// Training rows that contain evaluation text: `(train_row, eval_row, start, end, overlap, common)`.
+/// Training rows that contain evaluation text; see the stub.
 #[pyfunction]
-#[pyo3(signature = (train, eval, words=13, chars=50, common=10, threads=0, progress=None))]
+#[pyo3(signature = (train, eval, words=13, chars=50, common=10, threads=0, progress=None,
+    units="auto", sets=None))]
 pub(crate) fn contamination<'py>(
     py: Python<'py>,
     train: PyShards<'py>,
@@ -49,27 +45,43 @@ pub(crate) fn contamination<'py>(
     common: u32,
     threads: usize,
     progress: Option<&Bound<'py, PyAny>>,
-) -> PyResult<Leaks<'py>> {
+    units: &str,
+    sets: Option<PyReadonlyArray1<'py, u32>>,
+) -> PyResult<Bound<'py, PyDict>> {
     let (train, eval) = (shards(py, &train)?, shards(py, &eval)?);
-    let params = ContaminationParams { words, chars, common, threads };
-    let found = long(py, progress, |job| embkit_dedup::contamination(&train, &eval, &params, job))?;
+    let sets = sets.as_ref().map(|sets| slice(py, sets, "sets")).transpose()?;
+    let units = short(py, || Units::parse(units))?;
+    let params = ContaminationParams { words, chars, units, common, threads };
+    let found =
+        long(py, progress, |job| embkit_dedup::contamination(&train, &eval, sets, &params, job))?;
     let hits = &found.hits;
-    Ok((
-        array(py, hits.iter().map(|h| h.train_row).collect()),
-        array(py, hits.iter().map(|h| h.eval_row).collect()),
-        array(py, hits.iter().map(|h| h.start).collect()),
-        array(py, hits.iter().map(|h| h.end).collect()),
-        array(py, hits.iter().map(|h| h.overlap).collect()),
-        (
-            found.common,
-            found.common_only_rows,
-            found
-                .common_samples
-                .iter()
-                .map(|g| (g.eval_row, g.start, g.end, g.train_rows))
-                .collect(),
-        ),
-    ))
+    let mut set_offsets = vec![0u64];
+    let mut end = 0;
+    set_offsets.extend(hits.iter().map(|hit| {
+        end += hit.sets.len() as u64;
+        end
+    }));
+    let samples: Vec<(u64, u64, u64, u32)> = found
+        .common_samples
+        .iter()
+        .map(|gram| (gram.eval_row, gram.start, gram.end, gram.train_rows))
+        .collect();
+    let out = PyDict::new(py);
+    out.set_item("train_row", array(py, hits.iter().map(|h| h.train_row).collect()))?;
+    out.set_item("eval_row", array(py, hits.iter().map(|h| h.eval_row).collect()))?;
+    out.set_item("start", array(py, hits.iter().map(|h| h.start).collect()))?;
+    out.set_item("end", array(py, hits.iter().map(|h| h.end).collect()))?;
+    out.set_item("overlap", array(py, hits.iter().map(|h| h.overlap).collect()))?;
+    out.set_item("runs", array(py, hits.iter().map(|h| h.runs).collect()))?;
+    out.set_item("whole", array(py, hits.iter().map(|h| h.whole).collect::<Vec<bool>>()))?;
+    out.set_item("set_offsets", array(py, set_offsets))?;
+    out.set_item("sets", array(py, hits.iter().flat_map(|h| h.sets.iter().copied()).collect()))?;
+    out.set_item("set_rows", array(py, found.set_rows))?;
+    out.set_item("eval_texts", found.eval_texts)?;
+    out.set_item("common", found.common)?;
+    out.set_item("common_only_rows", found.common_only_rows)?;
+    out.set_item("common_samples", samples)?;
+    Ok(out)
 }
 
 // Written out in the signature below, where Python can show it.

@@ -86,6 +86,12 @@ impl Marks {
         let end = first_set(&self.go_on, start, !0).unwrap_or(64 * self.go_on.len());
         Some((start, end))
     }
+
+    /// The first byte at or after `from` that belongs to a word character.
+    #[inline(always)]
+    pub fn next_char(&self, from: usize) -> Option<usize> {
+        first_set(&self.begin, from, 0)
+    }
 }
 
 /// The first bit at or after `from` that differs from those of `flip`.

@@ -228,13 +228,18 @@ def near_duplicates(
     char_n: int = 5,
     threads: int = 0,
     progress: _Progress = None,
+    priority: _U16 | None = None,
+    memory: int = 0,
+    spill: _Path | None = None,
 ) -> tuple[_U64, _F32, int]:
     """Near-duplicate star clusters: ``(representative [n], similarity [n], pairs checked)``.
 
     MinHash proposes pairs, exact Jaccard similarity of shingles (``word_n`` words, or ``char_n``
     characters in scripts without spaces) decides; each member is at least ``threshold`` similar to
-    its representative. The result does not depend on the order of rows or threads. Progress counts
-    rows.
+    its representative. Lower numbers of ``priority`` (one per row) are represented by no higher.
+    Beyond ``memory`` bytes (0: no limit; at least 40 per row and 64 KiB, the texts and the sets of
+    single texts not counted) records go through unnamed files in the directory ``spill``. Neither
+    the order of rows nor threads nor ``memory`` change the result. Progress counts rows.
     """
 
 def contamination(

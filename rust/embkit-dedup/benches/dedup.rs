@@ -38,7 +38,7 @@ fn bench(c: &mut Criterion) {
     group.sample_size(10).throughput(Throughput::Bytes(bytes.len() as u64));
     group.bench_function("near", |b| {
         let params = DedupParams { threads: 1, ..Default::default() };
-        b.iter(|| near_duplicates(&shard, &params, &Job::new()));
+        b.iter(|| near_duplicates(&shard, None, &params, &Job::new()));
     });
     let eval = [TextShard { bytes: &bytes, offsets: &offsets[..501] }];
     let eval = [TextShard { bytes: &bytes[..offsets[500] as usize], ..eval[0] }];

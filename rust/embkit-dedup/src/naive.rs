@@ -2,11 +2,13 @@
 
 use crate::contamination::{ContaminationParams, Hit};
 use crate::exact::Punctuation;
-use crate::near::DedupParams;
+use crate::minhash::{Bands, Signer};
+use crate::near::{DedupParams, largest};
 use crate::normalize::{Unit, continues_word, is_word_char, unit_of};
 use crate::shingle::{jaccard, shingles};
 use crate::units::Units;
 use embkit_core::hash128;
+use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet};
 use unicode_normalization::UnicodeNormalization;
 
@@ -17,37 +19,95 @@ pub fn normalize(text: &str) -> String {
     spelled.split_whitespace().collect::<Vec<_>>().join(" ")
 }
 
-/// Greedy stars with every earlier representative compared; returns (representative, similarity).
+/// The stars of [`crate::near_duplicates`] with everything compared to everything; returns
+/// (representative, similarity).
 ///
-/// [`crate::near_duplicates`] equals this whenever LSH proposes every pair above the threshold.
-pub fn near_duplicates(texts: &[&str], params: &DedupParams) -> (Vec<u64>, Vec<f32>) {
+/// The two are equal whenever LSH proposes every pair above the threshold and no bucket is full.
+/// The weights, which order the forms, are those of the same band keys, counted pair by pair.
+pub fn near_duplicates(
+    texts: &[&str],
+    priority: Option<&[u16]>,
+    params: &DedupParams,
+) -> (Vec<u64>, Vec<f32>) {
+    let n = texts.len();
     let norm: Vec<String> = texts.iter().map(|t| normalize(t)).collect();
     let sets: Vec<Vec<u64>> = texts.iter().map(|t| shingles(t, params.shingle)).collect();
-    let mut order: Vec<usize> = (0..texts.len()).filter(|&i| !norm[i].is_empty()).collect();
+    let rank = |i: usize| priority.map_or(0, |all| all[i]);
+
+    // Of rows with one form the preferred one stands for it.
+    let first = |i: usize| {
+        let same = (0..n).filter(|&j| norm[j] == norm[i]);
+        same.min_by_key(|&j| (rank(j), hash128(texts[j].as_bytes()), j)).unwrap_or(i)
+    };
+    let leader: Vec<usize> =
+        (0..n).map(|i| if norm[i].is_empty() { i } else { first(i) }).collect();
+    let mut order: Vec<usize> = (0..n).filter(|&i| leader[i] == i && !norm[i].is_empty()).collect();
+    let bands = Bands::for_threshold(params.threshold);
+    let mut signer = Signer::new(bands, params.seed);
+    let keys: Vec<Vec<u32>> = sets
+        .iter()
+        .map(|set| {
+            let mut keys = Vec::new();
+            signer.keys(set, &mut keys);
+            keys
+        })
+        .collect();
+    let weight: Vec<usize> = (0..n)
+        .map(|i| {
+            let likes = |j: &usize| keys[*j].iter().zip(&keys[i]).filter(|(a, b)| a == b).count();
+            order.iter().filter(|j| **j != i).map(likes).sum()
+        })
+        .collect();
     order.sort_by_key(|&i| {
-        let by_text = (hash128(norm[i].as_bytes()), hash128(texts[i].as_bytes()), i);
-        (std::cmp::Reverse(norm[i].len()), by_text)
+        let hash = hash128(norm[i].as_bytes());
+        (rank(i), Reverse(weight[i]), Reverse(norm[i].len()), hash)
     });
-    let mut representative: Vec<u64> = (0..texts.len() as u64).collect();
-    let mut similarity = vec![1.0f32; texts.len()];
-    let mut stars: Vec<usize> = Vec::new();
-    for i in order {
-        let mut best: Option<(usize, f64)> = None;
-        for &star in &stars {
-            let s = if norm[star] == norm[i] { 1.0 } else { jaccard(&sets[star], &sets[i]) };
-            if s >= params.threshold && best.is_none_or(|(_, so_far)| s > so_far) {
-                best = Some((star, s));
-            }
-        }
-        match best {
-            Some((star, s)) => {
-                representative[i] = star as u64;
-                similarity[i] = s as f32;
-            }
-            None => stars.push(i),
+
+    // Greedy: the first representative that is similar enough.
+    let mut star: Vec<usize> = (0..n).collect();
+    let mut similarity = vec![1.0f32; n];
+    for (at, &i) in order.iter().enumerate() {
+        let found = order[..at].iter().find_map(|&j| {
+            let s = jaccard(&sets[j], &sets[i]);
+            (star[j] == j && s >= params.threshold).then_some((j, s))
+        });
+        if let Some((j, s)) = found {
+            (star[i], similarity[i]) = (j, s as f32);
         }
     }
-    (representative, similarity)
+
+    // Rescue: a form alone gets the company of a member that resembles it.
+    let greedy = star.clone();
+    let size = |star: &[usize], of: usize| order.iter().filter(|j| star[**j] == of).count();
+    for &i in order.iter().filter(|&&i| size(&greedy, i) == 1) {
+        let cost = |j: usize| {
+            let worse = rank(j) > rank(i) || rank(j) > rank(star[j]);
+            match size(&star, star[j]) {
+                _ if star[j] == j => (!worse).then_some(0),
+                2 => (!worse).then_some(2),
+                size => (size <= largest(params.threshold) as usize).then_some(size),
+            }
+        };
+        let best = order
+            .iter()
+            .enumerate()
+            .filter(|(_, j)| greedy[**j] != **j)
+            .filter(|(_, j)| jaccard(&sets[**j], &sets[i]) >= params.threshold)
+            .filter_map(|(at, &j)| Some((cost(j)?, at, j)))
+            .min();
+        let Some((cost, at, j)) = best else { continue };
+        let s = jaccard(&sets[j], &sets[i]) as f32;
+        let old = star[j];
+        let leads = cost < 3 || order.iter().position(|k| *k == i).is_some_and(|own| at < own);
+        let (to, other) = if leads { (j, i) } else { (i, j) };
+        if cost == 2 {
+            (star[old], similarity[old]) = (j, similarity[j]);
+        }
+        (star[to], similarity[to]) = (to, 1.0);
+        (star[other], similarity[other]) = (to, s);
+    }
+    let representative = leader.iter().map(|&i| star[i] as u64).collect();
+    (representative, leader.iter().map(|&i| similarity[i]).collect())
 }
 
 /// All pairs `i < j` of non-empty texts whose Jaccard similarity reaches the threshold.

@@ -1,43 +1,76 @@
 //! Near-duplicate clusters: sketch every text once, let LSH propose, let exact Jaccard decide.
 //!
-//! 1. Per text: normalise, hash the result (128 bits), shingle, MinHash, one key per band.
-//! 2. Texts with one normalised form are one; the form with the smallest raw hash stands for it.
-//! 3. Greedy stars: forms in the order (longer first, then hash); a form joins the most similar
-//!    earlier representative with which it shares a band and whose Jaccard similarity reaches the
-//!    threshold, else it becomes a representative. Only representatives stay in the buckets, so a
-//!    hundred thousand variants of one text cost one comparison each.
+//! 1. Per text: normalise, hash the result, shingle, MinHash, one key per band.
+//! 2. Texts with one normalised form are one; the row of the preferred source, then with the
+//!    smallest raw hash, stands for it.
+//! 3. Forms that share a key are ordered: preferred source first, then weight (over the bands, how
+//!    many forms share its key: the more likes, the heavier), then longer first, then hash.
+//! 4. Greedy stars in that order: a form joins the first representative with which it shares a key
+//!    and whose Jaccard similarity reaches the threshold, else it becomes a representative.
+//! 5. A representative left alone, though a member of another star resembles it, gets that member's
+//!    company (`rescue`).
 //!
-//! The order depends on the texts alone, so neither the input order nor the threads show in the
-//! clusters. Of representatives with company in a bucket the high halves of the shingles are kept
-//! (4 bytes each): what they share bounds the similarity from above and settles most proposals; the
-//! rest are shingled again. Texts without a visible character never cluster.
+//! Heavy forms first is what keeps similar texts together: most are like the middle of their
+//! cluster. Only representatives are compared with, at most [`LIST`] of one bucket, so a hundred
+//! thousand variants of one text cost one comparison each. The order depends on the texts (and
+//! sources) alone, so neither the input order nor threads nor the memory cap show in the clusters.
+//! Texts without a visible character never cluster.
+//!
+//! With a cap, records go through unnamed files in `spill` ([`spill`](self)); what stays is
+//! [`ROW_BYTES`] per row.
 
-use crate::minhash::{Bands, Signer};
-use crate::shingle::{ShingleParams, Shingler, jaccard};
-use embkit_core::{Error, Job, Result, TextShard, Texts, hash128, par};
+mod rescue;
+mod sketch;
+mod spill;
+mod stars;
 
-/// Marks a text that shares no key in a band, and the end of a bucket's list.
+pub(crate) use rescue::largest;
+
+use crate::shingle::ShingleParams;
+use embkit_core::{Error, Job, Result, TextShard, Texts};
+use sketch::{Buckets, lead, sketch};
+use spill::Room;
+use std::path::PathBuf;
+
 const NONE: u32 = u32::MAX;
-const SKETCH_BLOCK: usize = 512;
-/// Forms verified against frozen representatives at a time; the rest of the greedy pass is serial.
-const GREEDY_BLOCK: usize = 4096;
+/// Representatives of one bucket that later forms are compared with: the first so many.
+pub(crate) const LIST: usize = 64;
+/// Members of one bucket that may give company to a form left alone: the first so many.
+pub(crate) const MEMBERS: usize = 8;
+/// Bytes per row that no cap can move out of memory, the result included.
+const ROW_BYTES: usize = 40;
+/// Least room above that.
+const LEAST_ROOM: usize = 1 << 16;
 
 /// What counts as a near-duplicate.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct DedupParams {
     /// Least Jaccard similarity to the representative, in `(0, 1]`.
     pub threshold: f64,
-    /// Seed of the MinHash functions; changes which pairs are proposed, never what is a duplicate.
+    /// Seed of the MinHash functions: changes which pairs are proposed and who represents, never
+    /// what is a duplicate.
     pub seed: u64,
     /// Units per shingle.
     pub shingle: ShingleParams,
     /// Threads, 0 for all; no effect on the result.
     pub threads: usize,
+    /// Bytes of memory beside the texts and the sets of single texts; `None` for no limit. No
+    /// effect on the result. Needs `spill`.
+    pub memory: Option<u64>,
+    /// An existing directory for what exceeds `memory`; nothing stays in it.
+    pub spill: Option<PathBuf>,
 }
 
 impl Default for DedupParams {
     fn default() -> Self {
-        Self { threshold: 0.8, seed: 0, shingle: ShingleParams::default(), threads: 0 }
+        Self {
+            threshold: 0.8,
+            seed: 0,
+            shingle: ShingleParams::default(),
+            threads: 0,
+            memory: None,
+            spill: None,
+        }
     }
 }
 
@@ -51,6 +84,25 @@ impl DedupParams {
         }
         self.shingle.check()
     }
+
+    /// The room that the cap leaves for `rows` rows.
+    fn room(&self, rows: usize) -> Result<Room> {
+        let Some(memory) = self.memory else { return Ok(Room { bytes: usize::MAX, dir: None }) };
+        let Some(dir) = &self.spill else {
+            return Err(Error::usage(
+                "a memory cap without a directory to spill to",
+                "Name an existing directory with room for about 300 bytes per text",
+            ));
+        };
+        let least = rows * ROW_BYTES + LEAST_ROOM;
+        match usize::try_from(memory).unwrap_or(usize::MAX).checked_sub(rows * ROW_BYTES) {
+            Some(bytes) if bytes >= LEAST_ROOM => Ok(Room { bytes, dir: Some(dir.clone()) }),
+            _ => Err(Error::usage(
+                format!("a memory cap of {memory} bytes for {rows} texts"),
+                format!("Allow at least {least} bytes, or dedup the texts in parts"),
+            )),
+        }
+    }
 }
 
 /// Star clusters, one entry per row.
@@ -60,267 +112,46 @@ pub struct Clusters {
     pub representative: Vec<u64>,
     /// Jaccard similarity to the representative; 1 for itself and for equal normalised text.
     pub similarity: Vec<f32>,
-    /// Pairs of distinct normalised texts that LSH proposed and that were checked.
+    /// Comparisons of distinct normalised texts that LSH proposed.
     pub checked: u64,
 }
 
-/// What is kept per text after the first pass.
-#[derive(Default)]
-struct Sketches {
-    form: Vec<u128>,  // hash of the normalised text
-    raw: Vec<u128>,   // hash of the text as it came
-    length: Vec<u64>, // normalised bytes, 0 for an empty text
-    shingles: Vec<u32>,
-    keys: Vec<u64>, // `bands` per text
+/// Where a form belongs.
+#[derive(Clone, Copy)]
+struct Star {
+    leader: u32,
+    similarity: f32,
+    /// Forms of the star that this form leads; 0 for a member.
+    size: u32,
 }
 
-/// Groups rows whose texts are near-duplicates.
-///
-/// `job` advances by one per row in the first pass (most of the work); the total is the number of
-/// rows. Errors: [`Error::Usage`] for parameters out of range, 2^32 rows or more, or text that is
-/// not UTF-8; [`Error::Cancelled`].
-pub fn near_duplicates(shards: &[TextShard], params: &DedupParams, job: &Job) -> Result<Clusters> {
-    params.check()?;
-    let texts = Texts::new(shards)?;
-    if texts.len() >= NONE as usize {
-        return Err(Error::usage(
-            format!("{} texts in one call", texts.len()),
-            "Split the texts into parts of fewer than 2^32 rows",
-        ));
-    }
-    let bands = Bands::for_threshold(params.threshold);
-    let mut sketches = sketch(&texts, bands, params, job)?;
-
-    let mut clusters = Clusters {
-        representative: (0..texts.len() as u64).collect(),
-        similarity: vec![1.0; texts.len()],
-        checked: 0,
-    };
-    let leader = exact(&sketches, &mut clusters.representative);
-    let buckets = Buckets::new(&sketches, &leader, bands.bands, params.threads, job)?;
-    sketches.keys = Vec::new(); // most of the memory, and not read again
-    let stars = Greedy { texts: &texts, sketches: &sketches, leader: &leader, buckets, params };
-    let joined = stars.run(&mut clusters.checked, job)?;
-
-    // Copies of a form follow their leader to its representative.
-    let mut star: Vec<Option<(u32, f64)>> = vec![None; texts.len()];
-    for (&row, edge) in leader.iter().zip(joined) {
-        star[row as usize] = edge;
-    }
-    for row in 0..texts.len() {
-        if let Some((to, similarity)) = star[clusters.representative[row] as usize] {
-            clusters.representative[row] = u64::from(to);
-            clusters.similarity[row] = similarity as f32;
-        }
-    }
-    Ok(clusters)
-}
-
-fn sketch(texts: &Texts, bands: Bands, params: &DedupParams, job: &Job) -> Result<Sketches> {
-    let parts = par::try_map_blocks(texts.len(), SKETCH_BLOCK, params.threads, |range| {
-        let mut out = Sketches::default();
-        let (mut shingler, mut signer) =
-            (Shingler::new(params.shingle), Signer::new(bands, params.seed));
-        let mut set = Vec::new();
-        out.keys.reserve_exact(range.len() * bands.bands);
-        for row in range {
-            job.check()?;
-            let text = texts.str(row)?;
-            let norm = shingler.shingles(text, &mut set);
-            out.form.push(hash128(norm));
-            out.length.push(norm.len() as u64);
-            out.raw.push(hash128(text.as_bytes()));
-            out.shingles.push(u32::try_from(set.len()).unwrap_or(u32::MAX));
-            signer.keys(&set, &mut out.keys);
-            job.advance(1);
-        }
-        Ok(out)
-    })?;
-    let mut all = Sketches::default();
-    all.keys.reserve_exact(texts.len() * bands.bands);
-    for mut part in parts {
-        all.form.append(&mut part.form);
-        all.raw.append(&mut part.raw);
-        all.length.append(&mut part.length);
-        all.shingles.append(&mut part.shingles);
-        all.keys.append(&mut part.keys);
-    }
-    Ok(all)
-}
-
-/// Points equal forms at one leader; returns the leaders in greedy order.
-fn exact(sketches: &Sketches, representative: &mut [u64]) -> Vec<u32> {
-    let at = |row: u32| row as usize;
-    let mut rows: Vec<u32> =
-        (0..representative.len() as u32).filter(|&row| sketches.length[at(row)] > 0).collect();
-    rows.sort_unstable_by_key(|&row| (sketches.form[at(row)], sketches.raw[at(row)], row));
-    let mut leader: Vec<u32> = Vec::with_capacity(rows.len());
-    for row in rows {
-        match leader.last() {
-            Some(&first) if sketches.form[at(first)] == sketches.form[at(row)] => {
-                representative[at(row)] = u64::from(first);
-            }
-            _ => leader.push(row),
-        }
-    }
-    leader.sort_unstable_by_key(|&row| {
-        (std::cmp::Reverse(sketches.length[at(row)]), sketches.form[at(row)])
-    });
-    leader
-}
-
-/// Per band, the bucket of each form: dense numbers for keys that occur twice, else [`NONE`].
-struct Buckets {
-    forms: usize,
-    bucket: Vec<Vec<u32>>,
-    count: Vec<usize>,
-}
-
-impl Buckets {
-    fn new(
-        sketches: &Sketches,
-        leader: &[u32],
-        bands: usize,
-        threads: usize,
-        job: &Job,
-    ) -> Result<Self> {
-        let per_band = par::try_map_blocks(bands, 1, threads, |band| {
-            job.check()?;
-            let band = band.start;
-            let key = |&row: &u32| sketches.keys[row as usize * bands + band];
-            let mut order: Vec<(u64, u32)> =
-                leader.iter().enumerate().map(|(p, row)| (key(row), p as u32)).collect();
-            order.sort_unstable();
-            let mut bucket = vec![NONE; leader.len()];
-            let mut count = 0;
-            for same in order.chunk_by(|a, b| a.0 == b.0).filter(|same| same.len() > 1) {
-                same.iter().for_each(|&(_, p)| bucket[p as usize] = count);
-                count += 1;
-            }
-            Ok((bucket, count as usize))
-        })?;
-        let (bucket, count) = per_band.into_iter().unzip();
-        Ok(Self { forms: leader.len(), bucket, count })
-    }
-}
-
-struct Greedy<'a> {
+/// What the passes over the ordered forms share.
+struct Pass<'a> {
     texts: &'a Texts<'a>,
-    sketches: &'a Sketches,
-    leader: &'a [u32],
-    buckets: Buckets,
     params: &'a DedupParams,
+    priority: Option<&'a [u16]>,
+    room: &'a Room,
+    /// Row of the form at each position.
+    order: Vec<u32>,
+    /// Position of each row's form, [`NONE`] without company.
+    position: Vec<u32>,
 }
 
-/// The representatives seen so far: one linked list per bucket, newest first, and for those in any
-/// bucket the sorted high halves of their shingles, one after the other.
-struct Lists {
-    head: Vec<Vec<u32>>,
-    next: Vec<Vec<u32>>,
-    halves: Vec<u32>,
-    start: Vec<usize>, // per form; its length is its number of shingles
-}
-
-/// What the parallel part finds for one form: its set (if any bucket has company), its best frozen
-/// representative and how many were checked.
-type Frozen = (Option<Vec<u64>>, Option<(u32, f64)>, u64);
-
-impl Greedy<'_> {
-    /// For each form in greedy order: the row and similarity of the representative it joins.
-    fn run(&self, checked: &mut u64, job: &Job) -> Result<Vec<Option<(u32, f64)>>> {
-        let forms = self.buckets.forms;
-        let mut lists = Lists {
-            head: self.buckets.count.iter().map(|&n| vec![NONE; n]).collect(),
-            next: self.buckets.count.iter().map(|_| vec![NONE; forms]).collect(),
-            halves: Vec::new(),
-            start: vec![0; forms],
-        };
-        let mut joined = Vec::with_capacity(forms);
-        let mut candidates = Vec::new();
-        for start in (0..forms).step_by(GREEDY_BLOCK) {
-            let end = forms.min(start + GREEDY_BLOCK);
-            let frozen = self.against_frozen(start, end, &lists, job)?;
-            // Representatives made inside this block precede later forms of it, too.
-            for (p, (set, best, seen)) in (start as u32..).zip(&frozen) {
-                job.check()?;
-                *checked += seen;
-                let mut best = *best;
-                if let Some(set) = set {
-                    self.candidates(p, start as u32, &lists, &mut candidates);
-                    *checked += candidates.len() as u64;
-                    for &q in &candidates {
-                        if let Some((Some(other), ..)) = frozen.get(q as usize - start) {
-                            self.improve(q, jaccard(set, other), &mut best);
-                        }
-                    }
-                }
-                if let (None, Some(set)) = (best, set) {
-                    self.insert(p, set, &mut lists);
-                }
-                joined.push(best.map(|(q, similarity)| (self.leader[q as usize], similarity)));
-            }
-        }
-        Ok(joined)
+impl Pass<'_> {
+    fn row(&self, position: u32) -> u32 {
+        self.order[position as usize]
     }
 
-    fn against_frozen(
-        &self,
-        start: usize,
-        end: usize,
-        lists: &Lists,
-        job: &Job,
-    ) -> Result<Vec<Frozen>> {
-        let parts = par::try_map_blocks(end - start, 64, self.params.threads, |range| {
-            let mut shingler = Shingler::new(self.params.shingle);
-            let (mut candidates, mut other) = (Vec::new(), Vec::new());
-            let mut out: Vec<Frozen> = Vec::with_capacity(range.len());
-            for p in range.start + start..range.end + start {
-                job.check()?;
-                if self.buckets.bucket.iter().all(|bucket| bucket[p] == NONE) {
-                    out.push((None, None, 0));
-                    continue;
-                }
-                let mut set = Vec::new();
-                shingler.shingles(self.text(p as u32)?, &mut set);
-                self.candidates(p as u32, 0, lists, &mut candidates);
-                let mut best = None;
-                for &q in &candidates {
-                    job.check()?;
-                    let other_len = self.shingles(q);
-                    let kept = &lists.halves[lists.start[q as usize]..][..other_len];
-                    if self.can_reach(&set, kept) {
-                        shingler.shingles(self.text(q)?, &mut other);
-                        self.improve(q, jaccard(&set, &other), &mut best);
-                    }
-                }
-                out.push((Some(set), best, candidates.len() as u64));
-            }
-            Ok(out)
-        })?;
-        Ok(parts.into_iter().flatten().collect())
+    fn text(&self, position: u32) -> Result<&str> {
+        self.texts.str(self.row(position) as usize)
     }
 
-    fn text(&self, p: u32) -> Result<&str> {
-        self.texts.str(self.leader[p as usize] as usize)
+    fn priority(&self, row: u32) -> u16 {
+        self.priority.map_or(0, |all| all[row as usize])
     }
 
-    /// Representatives at or after `from` that share a bucket with `p`, in greedy order.
-    fn candidates(&self, p: u32, from: u32, lists: &Lists, out: &mut Vec<u32>) {
-        out.clear();
-        for ((bucket, head), next) in self.buckets.bucket.iter().zip(&lists.head).zip(&lists.next) {
-            let bucket = bucket[p as usize];
-            let mut q = if bucket == NONE { NONE } else { head[bucket as usize] };
-            while q != NONE && q >= from {
-                out.push(q);
-                q = next[q as usize];
-            }
-        }
-        out.sort_unstable();
-        out.dedup();
-    }
-
-    fn shingles(&self, p: u32) -> usize {
-        self.sketches.shingles[self.leader[p as usize] as usize] as usize
+    fn leads(&self, stars: &[Star], row: u32) -> bool {
+        stars[row as usize].size > 0
     }
 
     /// Whether two sets may reach the threshold, by size (J <= smaller / larger) and then by the
@@ -341,25 +172,91 @@ impl Greedy<'_> {
         }
         enough(shared, a + b - shared)
     }
+}
 
-    /// Keeps the most similar representative that reaches the threshold, the earlier one on a tie.
-    fn improve(&self, q: u32, similarity: f64, best: &mut Option<(u32, f64)>) {
-        let better = best.is_none_or(|(_, so_far)| similarity > so_far);
-        if similarity >= self.params.threshold && better {
-            *best = Some((q, similarity));
-        }
+/// Groups rows whose texts are near-duplicates.
+///
+/// `priority` holds a number per row (lower wins): a representative is of the best source among its
+/// star. `job` advances by one per row in the first pass (most of the work); the total is the number
+/// of rows. Errors: [`Error::Usage`] for parameters out of range (a cap too small says the least),
+/// priorities of another length, 2^32 rows or more, or text that is not UTF-8; [`Error::Io`] of the
+/// spill directory; [`Error::Cancelled`].
+pub fn near_duplicates(
+    shards: &[TextShard],
+    priority: Option<&[u16]>,
+    params: &DedupParams,
+    job: &Job,
+) -> Result<Clusters> {
+    params.check()?;
+    let texts = Texts::new(shards)?;
+    let n = texts.len();
+    if n >= NONE as usize {
+        return Err(Error::usage(
+            format!("{n} texts in one call"),
+            "Split the texts into parts of fewer than 2^32 rows",
+        ));
     }
+    if let Some(given) = priority.map(<[u16]>::len).filter(|given| *given != n) {
+        return Err(Error::usage(
+            format!("{given} priorities for {n} texts"),
+            "Give one priority per row, or none",
+        ));
+    }
+    let room = params.room(n)?;
+    let (mut rows, forms, keys) = sketch(&texts, params, &room, job)?;
+    let of = |row: u32| priority.map_or(0, |all| all[row as usize]);
+    lead(&mut rows, forms, &texts, &of, job)?;
+    let mut buckets = Buckets::new(&rows, keys, &room, job)?;
 
-    fn insert(&self, p: u32, set: &[u64], lists: &mut Lists) {
-        lists.start[p as usize] = lists.halves.len();
-        lists.halves.extend(set.iter().map(|x| (x >> 32) as u32));
-        for ((bucket, head), next) in
-            self.buckets.bucket.iter().zip(&mut lists.head).zip(&mut lists.next)
-        {
-            let bucket = bucket[p as usize];
-            if bucket != NONE {
-                next[p as usize] = std::mem::replace(&mut head[bucket as usize], p);
-            }
-        }
+    let weight = std::mem::take(&mut buckets.weight);
+    let mut order: Vec<u32> = (0..n as u32).filter(|&row| weight[row as usize] > 0).collect();
+    sort_by(&mut order, job, |row| {
+        let at = row as usize;
+        let heavy = u64::from(!weight[at]) << 32 | u64::from(!rows.length[at]);
+        (of(row), heavy, rows.form[at], row)
+    })?;
+    let leader = rows.leader;
+    drop((weight, rows.form, rows.length));
+    let mut position = vec![NONE; n];
+    order.iter().enumerate().for_each(|(at, row)| position[*row as usize] = at as u32);
+    let pass = Pass { texts: &texts, params, priority, room: &room, order, position };
+
+    let alone = |row: u32| Star { leader: row, similarity: 1.0, size: 1 };
+    let mut star: Vec<Star> = (0..n as u32).map(alone).collect();
+    let join = |row: u32, leader: u32, similarity: f64| {
+        star[row as usize] = Star { leader, similarity: similarity as f32, size: 0 };
+        star[leader as usize].size += 1;
+    };
+    let mut checked = stars::run(&pass, &mut buckets, join, job)?;
+    checked += rescue::run(&pass, &mut buckets, &mut star, job)?;
+    drop(pass);
+
+    // Copies of a form follow their leader to its representative.
+    let form = |row: usize| match leader[row] {
+        NONE => star[row],
+        leader => star[leader as usize],
+    };
+    Ok(Clusters {
+        representative: (0..n).map(|row| u64::from(form(row).leader)).collect(),
+        similarity: (0..n).map(|row| form(row).similarity).collect(),
+        checked,
+    })
+}
+
+/// Sorts by key in runs of a few milliseconds, then merges them in place by the library's sort,
+/// which finds the runs.
+fn sort_by<K: Ord>(rows: &mut [u32], job: &Job, key: impl Fn(u32) -> K) -> Result<()> {
+    for run in rows.chunks_mut(1 << 16) {
+        job.check()?;
+        run.sort_unstable_by_key(|row| key(*row));
     }
+    let mut width = 1 << 16;
+    while width < rows.len() {
+        for pair in rows.chunks_mut(2 * width) {
+            job.check()?;
+            pair.sort_by_key(|row| key(*row));
+        }
+        width *= 2;
+    }
+    Ok(())
 }

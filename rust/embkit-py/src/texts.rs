@@ -14,7 +14,8 @@ type F32s<'py> = Bound<'py, PyArray1<f32>>;
 
 /// Near-duplicate star clusters: `(representative, similarity, pairs checked)`.
 #[pyfunction]
-#[pyo3(signature = (shards, threshold=0.8, seed=0, word_n=3, char_n=5, threads=0, progress=None))]
+#[pyo3(signature = (shards, threshold=0.8, seed=0, word_n=3, char_n=5, threads=0, progress=None,
+    priority=None, memory=0, spill=None))]
 pub(crate) fn near_duplicates<'py>(
     py: Python<'py>,
     shards: PyShards<'py>,
@@ -24,11 +25,17 @@ pub(crate) fn near_duplicates<'py>(
     char_n: usize,
     threads: usize,
     progress: Option<&Bound<'py, PyAny>>,
+    priority: Option<PyReadonlyArray1<'py, u16>>,
+    memory: u64,
+    spill: Option<PathBuf>,
 ) -> PyResult<(U64s<'py>, F32s<'py>, u64)> {
     let texts = crate::arrays::shards(py, &shards)?;
     let shingle = ShingleParams { words: word_n, chars: char_n };
-    let params = DedupParams { threshold, seed, shingle, threads };
-    let found = long(py, progress, |job| embkit_dedup::near_duplicates(&texts, &params, job))?;
+    let memory = (memory > 0).then_some(memory);
+    let params = DedupParams { threshold, seed, shingle, threads, memory, spill };
+    let priority = priority.as_ref().map(|all| slice(py, all, "priority")).transpose()?;
+    let find = |job: &_| embkit_dedup::near_duplicates(&texts, priority, &params, job);
+    let found = long(py, progress, find)?;
     Ok((array(py, found.representative), array(py, found.similarity), found.checked))
 }
 

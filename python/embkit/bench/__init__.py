@@ -65,6 +65,8 @@ class Case:
             one unit of work, as the unit says (``"ns/row"``, ``"ms"``). A ratio above 1 means that
             ours is faster in either.
         derive: further facts, from the median sample of each way.
+        score: for a row that is no speed: the value, from the result of one call. The ways are
+            still timed, and `peer_value` is the score of a rival's result.
         rounds: timed rounds, for work that is too long for the usual number.
         close: gives back what the case holds: files, processes.
     """
@@ -82,6 +84,7 @@ class Case:
     skipped: Mapping[str, str] = field(default_factory=dict)
     measure: str = "rate"
     derive: Callable[[Mapping[str, Sample]], Mapping[str, Any]] | None = None
+    score: Callable[[Any], float] | None = None
     rounds: int | None = None
     close: Callable[[], None] | None = None
 
@@ -141,6 +144,7 @@ def run_case(case: Case, *, rounds: int = 5, threads: int = 1) -> list[Row]:
                     raise EmbkitError(
                         f"{case.name}: the results of embkit and {name} differ: {error}"
                     ) from error
+        scores = {name: case.score(found) for name, found in first.items()} if case.score else {}
         first.clear()
         samples: dict[str, list[Sample]] = {name: [] for name in ways}
         begun = time.monotonic()
@@ -150,20 +154,20 @@ def run_case(case: Case, *, rounds: int = 5, threads: int = 1) -> list[Row]:
             for name, way in ways.items():
                 samples[name].append(measure(way))
     wall2 = None
-    if case.measure == "rate" and (os.cpu_count() or 1) > 1:
+    if case.measure == "rate" and not scores and (os.cpu_count() or 1) > 1:
         with _threads(2):
             twice = [measure(case.ours).wall for _ in range(case.rounds or rounds)]
             wall2 = case.work / statistics.median(twice)
     medians = {name: _median(found) for name, found in samples.items()}
     facts = dict(case.facts) | dict(case.derive(medians) if case.derive else {})
     ours = medians["embkit"]
-    value = case.value(ours)
+    value = scores.get("embkit", case.value(ours))
     rows = []
     for peer in case.rivals or (None,):
         theirs = medians[peer] if peer else None
-        peer_value = case.value(theirs) if theirs else None
+        peer_value = scores.get(peer, case.value(theirs)) if peer and theirs else None
         ratio = None
-        if peer_value:
+        if peer_value and not scores:
             ratio = value / peer_value if case.measure == "rate" else peer_value / value
         rows.append(
             Row(
@@ -307,6 +311,11 @@ def measure(way: Callable[[], Any]) -> Sample:
     peak = _peak() - before
     del result
     return Sample(cpu, wall, max(peak, 0))
+
+
+def peak_of(way: Callable[[], Any]) -> int:
+    """Bytes by which one call raises the peak of resident memory."""
+    return measure(way).peak
 
 
 def _value(result: Any) -> Any:

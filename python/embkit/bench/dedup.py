@@ -13,6 +13,7 @@ from embkit.bench import Case
 from embkit.bench.contamination import contamination, contamination_chars, contamination_mixed
 from embkit.bench.corpus import digest, text_shard, texts
 from embkit.bench.exact import exact
+from embkit.bench.near_quality import flag_recall, growth, memory, precision, recall
 
 _THRESHOLD = 0.7
 
@@ -44,8 +45,8 @@ def near(quick: bool) -> Case:
         rivals=rivals,
         check=_covers,
         limit=_read_limit(shard[0]),
-        floor="2.5x the best peer",
-        goal="60 MB/s",
+        floor="60 MB/s, 4x the best peer",
+        goal="120 MB/s",
         facts={"n": len(items), "threshold": _THRESHOLD, "data": digest(shard[0])},
         skipped=skipped,
     )
@@ -101,4 +102,7 @@ def _read_limit(data: np.ndarray) -> tuple[str, float]:
     return "one read", 4 * len(data) / 1e6 / max(time.process_time() - started, 1e-9)
 
 
-CASES = (near, exact, contamination, contamination_mixed, contamination_chars)
+CASES = (
+    near, precision, recall, flag_recall, memory, growth,
+    exact, contamination, contamination_mixed, contamination_chars,
+)  # fmt: skip

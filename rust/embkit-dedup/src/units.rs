@@ -249,6 +249,18 @@ impl Cutter {
     }
 
     fn chars(&mut self, text: &str, start: usize, end: usize) {
+        let mut own = text[start..end].chars();
+        if let (Some(c), None) = (own.next(), own.next())
+            && let Fate::Plain(c) = table().fate(c)
+        {
+            // Nothing to combine with, as most have it.
+            if table().is_word(c) {
+                self.begin(false);
+                self.form.extend_from_slice(c.encode_utf8(&mut [0; 4]).as_bytes());
+                self.end(start, end);
+            }
+            return;
+        }
         let mut norm = std::mem::take(&mut self.norm);
         normalize_into(&text[start..end], &mut norm);
         if let Ok(text) = std::str::from_utf8(&norm) {

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from embkit import _rust
-from embkit.bench import Case
+from embkit.bench import Case, filters
 from embkit.bench.contamination import contamination, contamination_chars, contamination_mixed
 from embkit.bench.corpus import digest, text_shard, texts
 from embkit.bench.exact import exact
@@ -105,4 +105,5 @@ def _read_limit(data: np.ndarray) -> tuple[str, float]:
 CASES = (
     near, precision, recall, flag_recall, memory, growth,
     exact, contamination, contamination_mixed, contamination_chars,
+    filters.rules,
 )  # fmt: skip

@@ -81,7 +81,7 @@ def store(out: Path) -> None:
 
 
 def tables(out: Path) -> None:
-    """clusters, negatives, embeddings."""
+    """clusters, filters, scores, negatives, embeddings."""
     container.save(
         out / "clusters-v1.safetensors",
         {
@@ -91,6 +91,23 @@ def tables(out: Path) -> None:
             "similarity": f32(1.0, 0.875, 1.0),
         },
         kind="embkit.clusters",
+    )
+    container.save(
+        out / "filters-v1.safetensors",
+        {
+            "text_id": u64(11, 22, 33),
+            "failed_query": np.array([0, 1, 2**31], np.uint32),
+            "failed_passage": np.array([2, 0, 2**31 + 2], np.uint32),
+            "language": np.array([0, 1, 2], np.uint16),
+        },
+        kind="embkit.filters",
+        metadata={"rules": "max_words max_digit_share", "languages": "und epo eng"},
+    )
+    container.save(
+        out / "scores-v1.safetensors",
+        {"positive_offsets": u64(0, 2, 2, 3), "score": f32(0.5, NAN, -0.25)},
+        kind="embkit.scores",
+        metadata={"task": "t", "threshold": "0.4"},
     )
     container.save(
         out / "negatives-v1.safetensors",

@@ -130,7 +130,10 @@ def _run(
             "language": language,
         },
         kind="embkit.filters",
-        metadata={"rules": " ".join(rule.name for rule in rules.active())},
+        metadata={
+            "rules": " ".join(rule.name for rule in rules.active()),
+            "languages": " ".join(_rust.filter_names()[1]),
+        },
     )
     report["texts"] |= {"before": len(texts), "after": len(texts)}
     if action == "drop":

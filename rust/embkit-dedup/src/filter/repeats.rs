@@ -94,25 +94,36 @@ impl Repeats {
 
     /// n = 1: which words occur more than once.
     fn start(&mut self, words: &[(u64, u32)]) {
-        self.firsts.clear(words.len());
-        self.word.clear();
+        let n = words.len();
+        self.firsts.clear(n);
         self.count.clear();
-        self.count.resize(words.len(), 0);
+        self.count.resize(n, 0);
+        self.gram.clear();
         self.chars.clear();
         self.chars.push(0);
         let mut chars = 0;
-        for (place, &(hash, length)) in words.iter().enumerate() {
-            let first = self.firsts.first(hash, place as u32);
-            self.word.push(first);
-            self.count[first as usize] += 1;
+        let (firsts, count) = (&mut self.firsts, &mut self.count);
+        self.gram.extend(words.iter().enumerate().map(|(place, &(hash, _))| {
+            let first = firsts.first(hash, place as u32);
+            if let Some(count) = count.get_mut(first as usize) {
+                *count += 1;
+            }
+            first
+        }));
+        self.chars.extend(words.iter().map(|&(_, length)| {
             chars += u64::from(length);
-            self.chars.push(chars);
-        }
+            chars
+        }));
+        self.word.clone_from(&self.gram);
+        // Which words repeat is a coin toss to the processor: write every place, keep some.
         self.live.clear();
-        let again = |place: &u32| self.count[self.word[*place as usize] as usize] > 1;
-        self.live.extend((0..words.len() as u32).filter(again));
-        self.gram.clear();
-        self.gram.extend_from_slice(&self.word);
+        self.live.resize(n, 0);
+        let mut kept = 0;
+        for (place, &first) in self.gram.iter().enumerate() {
+            self.live[kept] = place as u32;
+            kept += usize::from(self.count[first as usize] > 1);
+        }
+        self.live.truncate(kept);
     }
 
     /// From n - 1 to n.

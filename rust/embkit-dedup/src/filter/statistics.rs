@@ -370,13 +370,31 @@ impl Scanner {
         counts.words += 1;
         counts.alphabetic += u64::from(letter);
         if self.with_repeats && self.words.len() < LOOK {
-            self.words.push((xxh3_64(word), length));
+            self.words.push((hash(word), length));
         }
         // "(that)," is long for one: a stop word, perhaps with punctuation around it.
         if letter && length <= 8 {
             counts.stop |= stop_word(word);
         }
     }
+}
+
+/// A hash of a word; most words are short, and their bytes are their own hash but for the mixing.
+#[inline]
+fn hash(word: &[u8]) -> u64 {
+    let ends = word.first_chunk::<8>().zip(word.last_chunk::<8>());
+    let (low, high) = match (ends, word.first_chunk::<4>().zip(word.last_chunk::<4>())) {
+        (Some(_), _) if word.len() > 16 => return xxh3_64(word),
+        (Some((first, last)), _) => (u64::from_le_bytes(*first), u64::from_le_bytes(*last)),
+        (None, Some((first, last))) => {
+            (u64::from(u32::from_le_bytes(*first)), u64::from(u32::from_le_bytes(*last)))
+        }
+        (None, None) => (word.iter().fold(0, |sum, &b| sum << 8 | u64::from(b)), 0),
+    };
+    // Two words of one length differ in low or high; a 128-bit product folds both into 64 bits.
+    let a = u128::from(low ^ 0x9E37_79B9_7F4A_7C15 ^ word.len() as u64);
+    let product = a * u128::from(high ^ 0xD1B5_4A32_D192_ED03);
+    (product as u64) ^ (product >> 64) as u64
 }
 
 /// Non-overlapping occurrences of three dots.

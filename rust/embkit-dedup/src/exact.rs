@@ -161,11 +161,15 @@ impl Reader {
 
     /// Words joined by a space, characters by nothing.
     fn keep_words(&mut self, job: &Job) -> Result<()> {
-        let apart = unit_of_bytes(&self.norm) == Unit::Word;
+        let apart = unit_of_bytes(&self.norm, job)? == Unit::Word;
         self.marks.read(&mut self.norm, job)?;
         self.form.clear();
-        let mut at = 0;
+        let (mut at, mut check_at) = (0, 0);
         while let Some((from, to)) = self.marks.next(at) {
+            if from >= check_at {
+                job.check()?;
+                check_at = from + (1 << 20);
+            }
             if apart && !self.form.is_empty() {
                 self.form.push(b' ');
             }

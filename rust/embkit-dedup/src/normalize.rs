@@ -227,18 +227,24 @@ pub fn continues_word(c: char) -> bool {
 
 /// Chooses the unit of one normalised text (see the module's rule).
 pub fn unit_of(normalised: &str) -> Unit {
-    unit_of_bytes(normalised.as_bytes())
+    // A job of its own is never cancelled.
+    unit_of_bytes(normalised.as_bytes(), &Job::new()).unwrap_or(Unit::Word)
 }
 
-/// [`unit_of`] for what [`normalize_into`] leaves.
-pub(crate) fn unit_of_bytes(normalised: &[u8]) -> Unit {
+/// [`unit_of`] for what [`normalize_into`] leaves; looks at `job` every MiB.
+pub(crate) fn unit_of_bytes(normalised: &[u8], job: &Job) -> Result<Unit> {
     // The scripts concerned begin with these bytes, as few others do; E2 is punctuation.
     if !normalised.iter().fold(false, |any, &b| any | ((b >= 0xE0) & (b != 0xE2))) {
-        return Unit::Word;
+        return Ok(Unit::Word);
     }
     let table = table::table();
     let (mut unspaced, mut words, mut inside, mut at) = (0usize, 0usize, false, 0);
+    let mut check_at = 1 << 20;
     while let Some((c, len)) = words::decode(normalised, at) {
+        if at >= check_at {
+            job.check()?;
+            check_at = at + (1 << 20);
+        }
         at += len;
         if c.is_ascii() {
             let word = c.is_ascii_alphanumeric() | (c == '_');
@@ -253,7 +259,7 @@ pub(crate) fn unit_of_bytes(normalised: &[u8]) -> Unit {
             inside = word;
         }
     }
-    if unspaced > 0 && unspaced >= words { Unit::Char } else { Unit::Word }
+    Ok(if unspaced > 0 && unspaced >= words { Unit::Char } else { Unit::Word })
 }
 
 #[cfg(test)]

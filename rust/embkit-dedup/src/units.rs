@@ -43,11 +43,11 @@ impl Units {
     }
 
     /// The unit of one text in normal form (or of ASCII in any form).
-    pub(crate) fn of(self, normalised: &[u8]) -> Unit {
+    pub(crate) fn of(self, normalised: &[u8], job: &Job) -> Result<Unit> {
         match self {
-            Self::Auto => unit_of_bytes(normalised),
-            Self::Words => Unit::Word,
-            Self::Chars => Unit::Char,
+            Self::Auto => unit_of_bytes(normalised, job),
+            Self::Words => Ok(Unit::Word),
+            Self::Chars => Ok(Unit::Char),
         }
     }
 }
@@ -109,7 +109,7 @@ impl Reader {
             self.text.extend_from_slice(part);
         }
         self.marks.read(&mut self.text, job)?;
-        Ok(units.of(&self.text))
+        units.of(&self.text, job)
     }
 
     /// Calls `go_on` with the hash of each unit until it returns false.
@@ -171,7 +171,7 @@ impl Cutter {
             return self.cut_ascii(text, units, job);
         }
         normalize_bytes(text.as_bytes(), row, job, &mut self.norm)?;
-        let unit = units.of(&self.norm);
+        let unit = units.of(&self.norm, job)?;
         let mut count = 0usize;
         let mut step = || {
             count += 1;
@@ -201,7 +201,7 @@ impl Cutter {
     }
 
     fn cut_ascii(&mut self, text: &str, units: Units, job: &Job) -> Result<Unit> {
-        let unit = units.of(text.as_bytes());
+        let unit = units.of(text.as_bytes(), job)?;
         self.norm.clear();
         self.norm.extend_from_slice(text.as_bytes());
         self.marks.read(&mut self.norm, job)?;

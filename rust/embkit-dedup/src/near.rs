@@ -16,8 +16,9 @@
 //! sources) alone, so neither the input order nor threads nor the memory cap show in the clusters.
 //! Texts without a visible character never cluster.
 //!
-//! With a cap, records go through unnamed files in `spill` ([`spill`](self)); what stays is
-//! [`ROW_BYTES`] per row.
+//! With a cap, what exceeds it goes through unnamed files in the directory `spill`: keys as sorted
+//! runs, then forms in segments. [`ROW_BYTES`] per row stay in memory, one block of sets (8 MiB of
+//! text, or one text), and a 200th of all bucket entries.
 
 mod rescue;
 mod sketch;

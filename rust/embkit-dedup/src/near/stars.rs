@@ -12,6 +12,8 @@ use embkit_core::{Job, Result, par};
 /// Forms, and bytes of their texts, whose sets are held at a time.
 const BLOCK: usize = 4096;
 const BLOCK_BYTES: usize = 8 << 20;
+/// Segments at most (a few more where large forms fill one early).
+const SEGMENTS: u64 = 200;
 
 /// A representative: its place in the order and where its halves lie, if they are kept.
 struct Star {
@@ -59,11 +61,15 @@ pub(super) fn run(
         Ok(())
     })?;
 
-    // Segments: how many forms, so that their cost stays below a quarter of the room.
+    // Segments: how many forms, so that their cost stays below a quarter of the room. Each keeps two
+    // files open, which bounds their number.
     let (mut ends, mut sum) = (Vec::new(), 0usize);
+    let all: u64 = cost.iter().map(|cost| u64::from(*cost)).sum();
+    let least = usize::try_from(all / SEGMENTS).unwrap_or(usize::MAX);
+    let most = room.share(4).max(least);
     for (position, cost) in cost.iter().enumerate() {
         sum = sum.saturating_add(*cost as usize);
-        if sum > room.share(4) && position > 0 {
+        if sum > most && position > 0 {
             ends.push(position as u32);
             sum = *cost as usize;
         }

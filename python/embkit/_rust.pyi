@@ -200,7 +200,7 @@ class RecordsBuilder:
 
 def exact_duplicates(
     shards: Shards,
-    priority: _U32 | None = None,
+    priority: _U16 | None = None,
     punctuation: str = "keep",
     memory: int = 0,
     spill: _Path | None = None,
@@ -240,6 +240,22 @@ def near_duplicates(
     Beyond ``memory`` bytes (0: no limit; at least 40 per row and 64 KiB, the texts and the sets of
     single texts not counted) records go through unnamed files in the directory ``spill``. Neither
     the order of rows nor threads nor ``memory`` change the result. Progress counts rows.
+    """
+
+def near_matches(
+    shards: Shards,
+    others: Shards,
+    threshold: float = 0.8,
+    seed: int = 0,
+    word_n: int = 3,
+    char_n: int = 5,
+    threads: int = 0,
+    progress: _Progress = None,
+) -> tuple[_U64, _F32]:
+    """A near-duplicate of each text among ``others``: ``(row [n], similarity [n])``.
+
+    Row 2^64 - 1 and similarity 0 without one; of several any, the same every time. Texts are
+    compared as by :func:`near_duplicates`. Progress counts rows of ``shards``.
     """
 
 def contamination(

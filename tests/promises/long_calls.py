@@ -73,6 +73,16 @@ def near_duplicates(size: int) -> Call:
     return lambda progress: _rust.near_duplicates([one], threads=1, progress=progress)
 
 
+def exact_duplicates(size: int) -> Call:
+    one = shard(50_000 * size, 60)
+    return lambda progress: _rust.exact_duplicates([one], threads=1, progress=progress)
+
+
+def near_matches(size: int) -> Call:
+    one, held = shard(1000 * size, 60), shard(300, 60)
+    return lambda progress: _rust.near_matches([one], [held], threads=1, progress=progress)
+
+
 def contamination(size: int) -> Call:
     one, held = shard(2000 * size, 100), shard(300, 100)
     return lambda progress: _rust.contamination([one], [held], threads=1, progress=progress)
@@ -149,6 +159,8 @@ CASES: dict[str, Callable[[int], Call]] = {
     "RecordsBuilder.add_jsonl": add_jsonl,
     "RecordsBuilder.add_lines": add_lines,
     "compose_store": compose_store,
+    "exact_duplicates": exact_duplicates,
+    "near_matches": near_matches,
     "contamination": contamination,
     "filter_negatives": filter_negatives,
     "filter_texts": filter_texts,

@@ -74,7 +74,7 @@ struct Record {
 /// a cap without a directory; [`Error::Io`] of partition files; [`Error::Cancelled`].
 pub fn exact_duplicates(
     shards: &[TextShard],
-    priority: Option<&[u32]>,
+    priority: Option<&[u16]>,
     params: &ExactParams,
     job: &Job,
 ) -> Result<Vec<u64>> {
@@ -84,7 +84,7 @@ pub fn exact_duplicates(
         let what = format!("{} priorities for {n} texts", given.len());
         return Err(Error::usage(what, "Pass one priority per row"));
     }
-    let priority = |row: usize| priority.and_then(|p| p.get(row)).copied().unwrap_or(0);
+    let priority = |row: usize| u32::from(priority.and_then(|p| p.get(row)).copied().unwrap_or(0));
     let read = |reader: &mut Reader, row: usize| -> Result<Record> {
         let hash = reader.hash(texts.get(row), row, params.punctuation, job)?;
         let (high, low) = hash.map_or((0, 0), |hash| ((hash >> 64) as u64, hash as u64));

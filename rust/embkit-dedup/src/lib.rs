@@ -8,6 +8,7 @@
 //! members need not be similar to each other, and one edge per member is all that is stored.
 #![deny(missing_docs, unsafe_op_in_unsafe_fn)]
 
+mod against;
 mod contamination;
 mod exact;
 pub mod filter;
@@ -19,6 +20,7 @@ pub mod shingle;
 mod simd;
 mod units;
 
+pub use against::{Matches, near_matches};
 pub use contamination::{CommonGram, Contamination, ContaminationParams, Hit, contamination};
 pub use exact::{ExactParams, Punctuation, exact_duplicates};
 pub use minhash::Bands;

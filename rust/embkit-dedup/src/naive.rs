@@ -125,7 +125,7 @@ pub fn pairs(texts: &[&str], params: &DedupParams) -> Vec<(usize, usize)> {
 }
 
 /// Representatives by a map of whole normal forms; see [`crate::exact_duplicates`].
-pub fn exact_duplicates(texts: &[&str], priority: &[u32], punctuation: Punctuation) -> Vec<u64> {
+pub fn exact_duplicates(texts: &[&str], priority: &[u16], punctuation: Punctuation) -> Vec<u64> {
     let form = |text: &str| match punctuation {
         Punctuation::Keep => vec![normalize(text)],
         Punctuation::Drop => units(text, Units::Auto).1,

@@ -10,7 +10,7 @@ fn pack(texts: &[&str]) -> (Vec<u8>, Vec<u64>) {
     (texts.concat().into_bytes(), offsets)
 }
 
-fn run(parts: &[&[&str]], priority: Option<&[u32]>, params: &ExactParams) -> Vec<u64> {
+fn run(parts: &[&[&str]], priority: Option<&[u16]>, params: &ExactParams) -> Vec<u64> {
     let packed: Vec<_> = parts.iter().map(|part| pack(part)).collect();
     let shards: Vec<TextShard> =
         packed.iter().map(|(bytes, offsets)| TextShard { bytes, offsets }).collect();
@@ -119,7 +119,7 @@ proptest! {
         cut in 0usize..40,
     ) {
         let texts: Vec<&str> = texts.iter().map(String::as_str).collect();
-        let priority: Vec<u32> = (0..texts.len() as u32).map(|i| (i * 7 + seed) % 3).collect();
+        let priority: Vec<u16> = (0..texts.len() as u32).map(|i| ((i * 7 + seed) % 3) as u16).collect();
         let punctuation = if drop { Punctuation::Drop } else { Punctuation::Keep };
         let want = naive::exact_duplicates(&texts, &priority, punctuation);
         let dir = tempfile::tempdir().unwrap();

@@ -42,8 +42,9 @@ fn _rust(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_function(wrap_pyfunction!(files::permute, m)?)?;
     m.add_class::<records::RecordsBuilder>()?;
     m.add_function(wrap_pyfunction!(dedup::exact_duplicates, m)?)?;
-    m.add_function(wrap_pyfunction!(texts::near_duplicates, m)?)?;
-    m.add_function(wrap_pyfunction!(texts::contamination, m)?)?;
+    m.add_function(wrap_pyfunction!(dedup::near_duplicates, m)?)?;
+    m.add_function(wrap_pyfunction!(dedup::near_matches, m)?)?;
+    m.add_function(wrap_pyfunction!(dedup::contamination, m)?)?;
     m.add_function(wrap_pyfunction!(filters::filter_texts, m)?)?;
     m.add_function(wrap_pyfunction!(filters::text_statistics, m)?)?;
     m.add_function(wrap_pyfunction!(filters::filter_names, m)?)?;

@@ -19,18 +19,15 @@ from embkit.data import Store
 
 
 class Rows(Dataset):
-    """Tokens of each row. A forked worker uses its parent's store, a spawned one opens it."""
+    """Tokens of each row. A forked worker uses its parent's store, a spawned one opens its own."""
 
-    def __init__(self, path: Path, store: Store | None) -> None:
-        self.path, self.store = path, store
-        self.rows = Store(path).rows
+    def __init__(self, store: Store) -> None:
+        self.store = store
 
     def __len__(self) -> int:
-        return self.rows
+        return self.store.rows
 
     def __getitem__(self, row: int) -> torch.Tensor:
-        if self.store is None:
-            self.store = Store(self.path)
         rows = np.array([row], np.uint64)
         tokens = np.zeros(int(self.store.lengths(rows)[0]), np.int64)
         self.store.gather(rows, tokens, np.zeros(2, np.int32))
@@ -44,8 +41,8 @@ def main(path: Path, method: str) -> None:
     texts = [t.encode() for t in store.texts()]
     ends = np.cumsum([0, *map(len, texts)]).astype(np.uint64)
     _rust.near_duplicates([(np.frombuffer(b"".join(texts), np.uint8), ends)], threads=2)
-    want = [tokens.tolist() for tokens in map(Rows(path, store).__getitem__, range(store.rows))]
-    rows = Rows(path, store if method == "fork" else None)
+    rows = Rows(store)
+    want = [tokens.tolist() for tokens in map(rows.__getitem__, range(store.rows))]
     loader = DataLoader(
         rows,
         batch_size=None,

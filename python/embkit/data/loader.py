@@ -32,6 +32,7 @@ class Store:
 
     def __init__(self, directory: Path | str, *, verify: str = "first-touch") -> None:
         self.path = Path(directory)
+        self.verify = verify
         self.manifest: dict[str, Any] = container.read_manifest(self.path, kind=KIND)
         files = self.manifest["files"]
         shards = {name: record for name, record in files.items() if _is_shard(name)}
@@ -64,6 +65,13 @@ class Store:
 
     def __fspath__(self) -> str:
         return str(self.path)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a spawned worker needs: it opens the files itself."""
+        return {"directory": self.path.absolute(), "verify": self.verify}
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        self.__init__(state["directory"], verify=state["verify"])  # type: ignore[misc]
 
     def __len__(self) -> int:
         return self.rows

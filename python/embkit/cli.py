@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
-from embkit.errors import EmbkitError
+from embkit.errors import EmbkitError, UsageError
 
 app = typer.Typer(
     name="embkit",
@@ -116,17 +116,29 @@ def dedup(
     against: Annotated[
         list[Path] | None, typer.Option("--against", help="Evaluation folder; repeatable.")
     ] = None,
+    memory: Annotated[
+        str, typer.Option("--memory", help="Memory beside the texts, e.g. 2G; beyond it, files.")
+    ] = "0",
     settings: Settings = "quickstart",
     set_: Set = None,
+    fresh: Fresh = False,
 ) -> None:
-    """Remove near-duplicates, and training rows that leak into evaluation sets."""
-    import dataclasses
-
+    """Remove duplicates, and training rows that leak into evaluation sets."""
     from embkit import data
+    from embkit.data.dedup import summary
+    from embkit.pipeline import dedup_options
 
     chosen = _settings(settings, set_)
     records = data.read(sources, max_rejected=chosen.data.max_rejected)
-    data.dedup(records, out=out, against=against or [], **dataclasses.asdict(chosen.dedup))
+    done = data.dedup(
+        records,
+        out=out,
+        against=against or [],
+        memory=_bytes(memory),
+        fresh=fresh,
+        **dedup_options(chosen),
+    )
+    print(summary(done.report))
     _done(out)
 
 
@@ -399,6 +411,15 @@ def _settings(recipe: str, overrides: list[str] | None) -> Any:
     from embkit import recipe as recipes
 
     return recipes.load(recipe, overrides=overrides or ())
+
+
+def _bytes(text: str) -> int:
+    """A size such as 500M or 2G."""
+    unit = {"K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}.get(text[-1:].upper(), 0)
+    try:
+        return int(float(text[:-1]) * unit) if unit else int(text)
+    except ValueError:
+        raise UsageError(f"{text!r} is no size.", fix="write for example 500M or 2G") from None
 
 
 def _done(out: Path) -> None:

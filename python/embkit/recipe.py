@@ -49,17 +49,31 @@ class Dedup:
     """Near-duplicate removal and decontamination.
 
     Attributes:
+        method: near, or exact (only texts of the same normalised form).
         threshold: Jaccard similarity of shingles from which two texts are near-duplicates.
-        action: what becomes of near-duplicates: merge, drop or mark.
-        words: length in words of the n-grams that mark a leak into the evaluation sets.
+        action: what becomes of duplicates: merge, drop or mark.
+        conflicts: examples that contradict each other: keep or drop.
+        priority: names of sources, the best first: of duplicates its text stays.
+        punctuation: of method exact: keep, or drop to compare words alone.
+        leaked: examples with texts of the evaluation sets: remove or mark.
+        words: length in words of the runs that mark a leak into the evaluation sets.
         chars: the same in characters, for scripts without spaces.
+        units: of the runs: auto (by the script of each text), words or chars.
+        common: a run in more training texts than this is a fixed phrase, and no leak.
         seed: seed of the MinHash permutations.
     """
 
+    method: str = "near"
     threshold: float = 0.8
     action: str = "merge"
+    conflicts: str = "keep"
+    priority: tuple[str, ...] = ()
+    punctuation: str = "keep"
+    leaked: str = "remove"
     words: int = 13
     chars: int = 50
+    units: str = "auto"
+    common: int = 10
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -68,7 +82,18 @@ class Dedup:
             f"dedup.threshold = {self.threshold} is out of range.",
             "give a Jaccard similarity above 0 and at most 1, e.g. 0.8",
         )
+        _require(
+            min(self.words, self.chars) >= 1 and self.common >= 0,
+            f"dedup.words = {self.words}, chars = {self.chars}, common = {self.common}: one is out "
+            "of range.",
+            "words and chars are at least 1, common at least 0",
+        )
+        _one_of("dedup.method", self.method, ("near", "exact"))
         _one_of("dedup.action", self.action, ("merge", "drop", "mark"))
+        _one_of("dedup.conflicts", self.conflicts, ("keep", "drop"))
+        _one_of("dedup.punctuation", self.punctuation, ("keep", "drop"))
+        _one_of("dedup.leaked", self.leaked, ("remove", "mark"))
+        _one_of("dedup.units", self.units, ("auto", "words", "chars"))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -59,10 +59,10 @@ def rows_of(found: Examples) -> list[dict[str, Any]]:
 
 
 def naive_retrieval(
-    rows: list[dict[str, Any]], rep: list[int], leaked: set[int], action: str
-) -> list[dict[str, Any]]:
-    out: list[dict[str, Any]] = []
-    place: dict[int, dict[str, Any]] = {}
+    rows: list[dict[str, Any]], rep: list[int], leaked: set[int], action: str, conflicts: str
+) -> tuple[list[dict[str, Any]], dict[str, int], set[tuple[int, int]]]:
+    """The rows that are left, some counts, and the (query, text) that are called both."""
+    kept: list[dict[str, Any]] = []
     for row in rows:
         texts = [row["query"], *row["positive"]]
         if any(t in leaked for t in texts):
@@ -73,8 +73,26 @@ def naive_retrieval(
         query = stand(row["query"])
         positive = [stand(t) for t in row["positive"] if stand(t) != query]
         negative = [stand(t) for t in row.get("negative", []) if t not in leaked]
-        if not positive:
-            continue
+        if positive:
+            weight = float(row.get("weight", 1))
+            kept.append(
+                {"query": query, "positive": positive, "negative": negative, "weight": weight}
+            )
+    said = [(r["query"], t) for r in kept for t in r["positive"]]
+    both = set(said) & {(r["query"], t) for r in kept for t in r["negative"]}
+    counts = {"duplicate_pairs": len(said) - len(set(said)), "conflicts": len(both)}
+    if conflicts == "drop":
+        for row in kept:
+            for side in ("positive", "negative"):
+                row[side] = [t for t in row[side] if (row["query"], t) not in both]
+    counts["conflicting"] = sum(not r["positive"] for r in kept)
+    kept = [r for r in kept if r["positive"]]
+    answers = {q: {t for r in kept if r["query"] == q for t in r["positive"]} for q in range(N)}
+    counts["several_positives"] = sum(len(a) > 1 for a in answers.values())
+    out: list[dict[str, Any]] = []
+    place: dict[int, dict[str, Any]] = {}
+    for row in kept:
+        query, positive, negative = row["query"], row["positive"], row["negative"]
         target = place.get(query) if action == "merge" else None
         if target is None:
             target = {"query": query, "positive": [], "negative": [], "weight": 0.0}
@@ -89,10 +107,10 @@ def naive_retrieval(
             ]
         else:
             target["positive"], target["negative"] = positive, negative
-        target["weight"] = max(target["weight"], float(row.get("weight", 1)))
+        target["weight"] = max(target["weight"], row["weight"])
     for row in out:
         row["negative"] = [t for t in row["negative"] if t not in (row["query"], *row["positive"])]
-    return out
+    return out, counts, both
 
 
 texts = st.integers(0, N - 1)
@@ -119,26 +137,34 @@ def stars(draw: st.DrawFn) -> list[int]:
 
 @settings(max_examples=300)
 @given(
-    retrieval_rows, stars(), st.sets(texts, max_size=3), st.sampled_from(["merge", "drop", "mark"])
+    retrieval_rows,
+    stars(),
+    st.sets(texts, max_size=3),
+    st.sampled_from(["merge", "drop", "mark"]),
+    st.sampled_from(["keep", "drop"]),
 )
 def test_retrieval_equals_naive(
-    rows: list[dict[str, Any]], rep: list[int], leaked: set[int], action: str
+    rows: list[dict[str, Any]], rep: list[int], leaked: set[int], action: str, conflicts: str
 ) -> None:
     flags = np.zeros(N, bool)
     flags[list(leaked)] = True
-    got, counts = clean_examples(
+    done = clean_examples(
         table(rows, "retrieval"),
         representative=np.array(rep, np.uint64),
         leaked=flags,
         action=action,
+        conflicts=conflicts,
     )
-    want = naive_retrieval(rows, rep, leaked, action)
+    got, counts = done.table, done.counts
+    want, numbers, both = naive_retrieval(rows, rep, leaked, action, conflicts)
+    assert {k: counts[k] for k in numbers} == numbers
+    assert {(int(q), int(t)) for q, t in done.conflicts} == both
     keys = ("query", "positive", "negative", "weight")
     assert [{k: r[k] for k in keys} for r in rows_of(got)] == [
         {k: r[k] for k in keys} for r in want
     ]
-    gone = counts["leaked"] + counts["duplicates"] + counts["same_text"] + counts["merged"]
-    assert counts["before"] - gone == counts["after"] == len(got)
+    reasons = ("leaked", "duplicates", "same_text", "conflicting", "merged")
+    assert counts["before"] - sum(counts[r] for r in reasons) == counts["after"] == len(got)
 
 
 def test_a_second_pass_changes_nothing() -> None:
@@ -150,9 +176,10 @@ def test_a_second_pass_changes_nothing() -> None:
     rep = np.arange(N, dtype=np.uint64)
     rep[[3, 7]] = 1
     none = np.zeros(N, bool)
-    once, _ = clean_examples(table(rows, "retrieval"), representative=rep, leaked=none)
-    twice, counts = clean_examples(once, representative=rep, leaked=none)
-    assert str(rows_of(once)) == str(rows_of(twice))
+    once = clean_examples(table(rows, "retrieval"), representative=rep, leaked=none).table
+    again = clean_examples(once, representative=rep, leaked=none)
+    counts = again.counts
+    assert str(rows_of(once)) == str(rows_of(again.table))
     assert counts["merged"] == counts["same_text"] == 0
 
 
@@ -167,9 +194,31 @@ def test_sentence_pairs_keep_near_duplicates_and_join_repeats() -> None:
     rep[1] = 0
     leaked = np.zeros(N, bool)
     leaked[4] = True
-    got, counts = clean_examples(table(rows, "sts"), representative=rep, leaked=leaked)
-    assert [(r["query"], r["positive"], r["score"]) for r in rows_of(got)] == [(0, [1], 4.5)]
+    done = clean_examples(table(rows, "sts"), representative=rep, leaked=leaked)
+    left = rows_of(done.table)
+    assert [(r["query"], r["positive"], r["score"]) for r in left] == [(0, [1], 4.5)]
+    counts = done.counts
     assert (counts["merged"], counts["same_text"], counts["leaked"]) == (1, 1, 1)
+    assert done.conflicts.tolist() == [[0, 1]]
+
+
+def test_pairs_whose_scores_contradict_each_other_can_go() -> None:
+    rows = [
+        {"query": 0, "positive": [1], "score": 5.0},
+        {"query": 1, "positive": [0], "score": 1.0},
+        {"query": 2, "positive": [3], "score": 2.0},
+        {"query": 3, "positive": [2], "score": 2.0},  # a repeat without a contradiction
+    ]
+    done = clean_examples(
+        table(rows, "sts"),
+        representative=np.arange(N, dtype=np.uint64),
+        leaked=np.zeros(N, bool),
+        conflicts="drop",
+    )
+    left = rows_of(done.table)
+    assert [(r["query"], r["positive"], r["score"]) for r in left] == [(2, [3], 2.0)]
+    counts = done.counts
+    assert (counts["conflicting"], counts["conflicts"], counts["merged"]) == (2, 1, 1)
 
 
 def test_labelled_copies_join_only_with_the_same_label() -> None:
@@ -181,20 +230,25 @@ def test_labelled_copies_join_only_with_the_same_label() -> None:
     ]
     rep = np.arange(N, dtype=np.uint64)
     rep[[1, 2]] = 0
-    got, counts = clean_examples(
-        table(rows, "classification"), representative=rep, leaked=np.zeros(N, bool)
+    none = np.zeros(N, bool)
+    done = clean_examples(table(rows, "classification"), representative=rep, leaked=none)
+    left = [(r["query"], r["label"]) for r in rows_of(done.table)]
+    assert left == [(0, 0), (2, 1), (5, 1)]
+    assert done.counts["merged"] == 1
+    assert done.conflicts.tolist() == [[0, 0]]
+    done = clean_examples(
+        table(rows, "classification"), representative=rep, leaked=none, conflicts="drop"
     )
-    assert [(r["query"], r["label"]) for r in rows_of(got)] == [(0, 0), (2, 1), (5, 1)]
-    assert counts["merged"] == 1
-    assert counts["conflicting_labels"] == 1
+    assert [(r["query"], r["label"]) for r in rows_of(done.table)] == [(5, 1)]
+    assert (done.counts["conflicting"], done.counts["merged"]) == (3, 0)
 
 
 def test_empty_tables_stay_empty() -> None:
     for kind in ("retrieval", "sts", "classification"):
-        got, counts = clean_examples(
+        done = clean_examples(
             table([], kind), representative=np.arange(N, dtype=np.uint64), leaked=np.zeros(N, bool)
         )
-        assert len(got) == counts["after"] == 0
+        assert len(done.table) == done.counts["after"] == len(done.conflicts) == 0
 
 
 def test_scores_stay_with_their_negatives() -> None:
@@ -202,11 +256,11 @@ def test_scores_stay_with_their_negatives() -> None:
         {"query": 0, "positive": [1], "negative": [2, 3]},
         {"query": 0, "positive": [4], "negative": [4, 5]},
     ]
-    got, _ = clean_examples(
+    got = clean_examples(
         table(rows, "retrieval"),
         representative=np.arange(N, dtype=np.uint64),
         leaked=np.zeros(N, bool),
-    )
+    ).table
     assert got.negative.tolist() == [2, 3, 5]
     assert got.negative_score.tolist() == [0.0, 1.0, 3.0]
     assert math.isnan(got.score[0])

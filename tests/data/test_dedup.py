@@ -200,3 +200,64 @@ def test_the_report_is_json_without_nan(planted: Path, evaluation: Path, tmp_pat
         raise AssertionError(name)
 
     json.loads((clean.dir / "report.json").read_text(), parse_constant=no_constant)
+
+
+def test_the_better_source_represents(write: Write, tmp_path: Path) -> None:
+    near = LONG.replace("river", "stream and the old mill")  # longer: represents without priority
+    curated = write("in/curated.jsonl", [{"query": "fox", "positive": LONG}])
+    web = write("in/web.jsonl", [{"query": "animals", "positive": near}])
+    records = data.read([web, curated], task="t").save(tmp_path / "records")
+    for priority, kept in (((), near), (("curated.jsonl",), LONG), (("web.jsonl",), near)):
+        out = tmp_path / "-".join(("clean", *priority))
+        clean = data.dedup(records, out=out, priority=priority, threshold=0.7)
+        assert {p for row in content(clean)["t"] for p in row[1]} == {kept}
+    with pytest.raises(UsageError, match="did you mean 'curated.jsonl'"):
+        data.dedup(records, out=tmp_path / "x", priority=["curated"])
+
+
+def test_exact_joins_only_equal_forms(write: Write, tmp_path: Path) -> None:
+    rows = [
+        {"query": "one", "positive": "First, of   its kind"},
+        {"query": "two", "positive": "first, OF its\tkind"},
+        {"query": "three", "positive": "first of its kind!"},
+        {"query": "four", "positive": "first of its kind too"},
+    ]
+    path = write("t.jsonl", rows)
+
+    def positives(**options: Any) -> list[str]:
+        clean = data.dedup(path, out=tmp_path / "c", method="exact", **options)
+        return [row[1][0] for row in content(clean)["t"]]
+
+    one, _, three, four = (row["positive"] for row in rows)
+    assert positives() == [one, one, three, four]
+    assert positives(punctuation="drop") == [one, one, one, four]
+
+
+def test_contradictions_are_shown_and_can_go(write: Write, tmp_path: Path) -> None:
+    rows = [
+        {"query": "fox story", "positive": LONG},
+        {"query": "fox story", "positive": OTHER, "negative": [LONG]},
+    ]
+    path = write("t.jsonl", rows)
+    kept = data.dedup(path, out=tmp_path / "kept")
+    assert kept.report["examples"]["t"]["conflicts"] == 1
+    assert kept.report["conflicts"]["t"] == [["fox story", LONG]]
+    assert sorted(content(kept)["t"][0][1]) == sorted([LONG, OTHER])
+    dropped = data.dedup(path, out=tmp_path / "dropped", conflicts="drop")
+    assert [row[1:3] for row in content(dropped)["t"]] == [([OTHER], [])]
+
+
+def test_the_memory_limit_changes_nothing(planted: Path, tmp_path: Path) -> None:
+    rows = [
+        {"query": f"query number {i}", "positive": f"{LONG} {i % 700} {OTHER if i % 3 else EVAL}"}
+        for i in range(2000)
+    ]
+    path = tmp_path / "many.jsonl"
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    records = data.read(path).save(tmp_path / "records")
+    free = data.dedup(records, out=tmp_path / "free")
+    with pytest.raises(UsageError, match="memory"):
+        data.dedup(records, out=tmp_path / "x", memory=1000)
+    bound = data.dedup(records, out=tmp_path / "bound", memory=1 << 20)
+    assert files(free.dir) == files(bound.dir)
+    assert not list(tmp_path.glob(".partial-bound-*"))

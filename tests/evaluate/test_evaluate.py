@@ -17,7 +17,7 @@ from embkit.evaluate import evaluate, judge, load_split
 from embkit.evaluate import run as runner
 from embkit.evaluate.bm25 import bm25_rank
 from embkit.evaluate.run import prefix, score_set
-from embkit.evaluate.tasks import RetrievalSet, held_out_texts
+from embkit.evaluate.tasks import RetrievalSet, held_out_sets
 
 
 def test_every_width_equals_an_encode_at_that_width(encoder: Any, split: Path) -> None:
@@ -137,7 +137,7 @@ def test_held_out_texts_are_the_ones_that_count(broken: Path) -> None:
     path.write_text(path.read_text() + json.dumps(extra) + "\n")
     probe = next((broken / "classification").iterdir()) / "train.jsonl"
     probe.write_text(probe.read_text() + '{"text": "only for the probe", "label": "x"}\n')
-    found = set(held_out_texts(broken))
+    found = {t for _, texts in held_out_sets(broken) for t in texts}
     ranked = next(s for s in load_split(broken) if isinstance(s, RetrievalSet))
     assert set(ranked.queries) <= found
     assert {ranked.corpus[i] for i in ranked.seen} <= found

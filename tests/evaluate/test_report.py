@@ -58,7 +58,7 @@ def result() -> dict[str, Any]:
             }
         },
         "dedup": {
-            "texts": {"before": 1234, "near_duplicates": 56},
+            "texts": {"before": 1234, "duplicates": 56},
             "clusters": {
                 "count": 7,
                 "largest": [

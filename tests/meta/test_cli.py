@@ -18,7 +18,7 @@ FROZEN = {
     "demo": {"--out", "--data", "--model", "--set", "--fresh"},
     "run": {"recipe", "--out", "--set", "--from", "--fresh", "--dry-run"},
     "explain": {"recipe", "--set"},
-    "dedup": {"sources", "--out", "--against", "--recipe", "--set"},
+    "dedup": {"sources", "--out", "--against", "--memory", "--recipe", "--set", "--fresh"},
     "filter": {"records", "--out", "--preset", "--set", "--languages", "--action", "--score-model"}
     | {"--min-score", "--fresh"},
     "tokenize": {"records", "--out", "--recipe", "--set"},

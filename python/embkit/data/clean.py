@@ -8,7 +8,7 @@ a class belongs to the text it was given for, so those keep their own texts; onl
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -24,12 +24,39 @@ from embkit.data.tables import (
 )
 
 ACTIONS = ("merge", "drop", "mark")
+CONFLICTS = ("keep", "drop")
+
+
+@dataclass(frozen=True)
+class Cleaned:
+    """What became of one task.
+
+    Attributes:
+        table: the examples that are left.
+        counts: before, leaked, leaked_negatives, duplicates, same_text, merged, conflicts,
+            conflicting, after; for retrieval also duplicate_pairs and several_positives.
+        conflicts: U64 [conflicts, 2], text rows: a query and the text that is a positive of it in
+            one example and a negative in another; two sentences with different scores; a text with
+            different labels, twice.
+    """
+
+    table: Examples
+    counts: dict[str, int]
+    conflicts: Array
 
 
 def clean_examples(
-    table: Examples, *, representative: Array, leaked: Array, action: str = "merge"
-) -> tuple[Examples, dict[str, int]]:
+    table: Examples,
+    *,
+    representative: Array,
+    leaked: Array,
+    action: str = "merge",
+    conflicts: str = "keep",
+) -> Cleaned:
     """Apply near-duplicates and leaks to one task.
+
+    Every example of ``before`` is in ``after`` or in exactly one of leaked, duplicates, same_text,
+    conflicting and merged.
 
     Args:
         table: the examples, in text rows.
@@ -37,12 +64,10 @@ def clean_examples(
         leaked: bool [texts], texts that are in an evaluation set.
         action: ``"merge"``, ``"drop"`` (examples with a text that is not its representative go) or
             ``"mark"`` (texts stay as they are).
-
-    Returns:
-        The new table and its counts: before, leaked, leaked_negatives, duplicates, same_text,
-        merged, conflicting_labels, after.
+        conflicts: what becomes of examples that contradict each other: ``"keep"`` (a text that is
+            both stays a positive, scores are averaged, labels stay) or ``"drop"``.
     """
-    counts = {"before": len(table)}
+    counts = {"before": len(table), "conflicting": 0}
     bad = leaked[table.query] | any_jagged(table.positive_offsets, leaked[table.positive])
     table = table.keep(~bad)
     counts["leaked"] = int(bad.sum())
@@ -57,17 +82,18 @@ def clean_examples(
             twice = twice | any_jagged(table.positive_offsets, copies[table.positive])
         counts["duplicates"] = int(twice.sum())
         table = table.keep(~twice)
+    drop = conflicts == "drop"
     if table.kind == "retrieval":
         if action == "merge":
             table = table.mapped(representative)
-        table = _retrieval(table, counts, merge=action == "merge")
+        table, found = _retrieval(table, counts, merge=action == "merge", drop=drop)
     elif table.kind == "sts":
-        table = _pairs(table, counts)
+        table, found = _pairs(table, counts, drop=drop)
     else:
         groups = representative if action == "merge" else None
-        table = _classes(table, counts, groups)
-    counts["after"] = len(table)
-    return table, counts
+        table, found = _classes(table, counts, groups, drop=drop)
+    counts |= {"conflicts": len(found), "after": len(table)}
+    return Cleaned(table, counts, found)
 
 
 def _negatives(table: Examples, keep: Array) -> Examples:
@@ -77,20 +103,37 @@ def _negatives(table: Examples, keep: Array) -> Examples:
     return replace(table, negative_offsets=offsets, negative=negative, negative_score=score)
 
 
-def _retrieval(table: Examples, counts: dict[str, int], *, merge: bool) -> Examples:
+def _retrieval(
+    table: Examples, counts: dict[str, int], *, merge: bool, drop: bool
+) -> tuple[Examples, Array]:
     """Drop positives that are the query, then join examples of the same query."""
     own = owners(table.positive_offsets)
-    keep = table.positive != table.query[own]
-    offsets, positive = keep_jagged(table.positive_offsets, keep, table.positive)
-    table = replace(table, positive_offsets=offsets, positive=positive)
-    some = counts_of(offsets) > 0
-    counts["same_text"] = int((~some).sum())
-    table = table.keep(some)
+    table, gone = _positives(table, table.positive != table.query[own])
+    counts["same_text"] = gone
+    positives = _keys(table.query[owners(table.positive_offsets)], table.positive)
+    negatives = _keys(table.query[owners(table.negative_offsets)], table.negative)
+    distinct = np.unique(positives)
+    both = np.intersect1d(distinct, negatives)
+    counts["duplicate_pairs"] = len(positives) - len(distinct)
+    if drop and len(both):
+        table = _negatives(table, ~np.isin(negatives, both))
+        table, counts["conflicting"] = _positives(table, ~np.isin(positives, both))
+        distinct = np.setdiff1d(distinct, both)
+    of_query = np.unique(distinct >> np.uint64(32), return_counts=True)[1]
+    counts["several_positives"] = int((of_query > 1).sum())
     before = len(table)
     if merge:
         table = _merge_queries(table)
     counts["merged"] = before - len(table)
-    return _negatives_of_others(table)
+    return _negatives_of_others(table), _rows(both)
+
+
+def _positives(table: Examples, keep: Array) -> tuple[Examples, int]:
+    """Keep some positives, and the examples that still have one; the number of those that go."""
+    offsets, positive = keep_jagged(table.positive_offsets, keep, table.positive)
+    some = counts_of(offsets) > 0
+    table = replace(table, positive_offsets=offsets, positive=positive)
+    return table.keep(some), int((~some).sum())
 
 
 def _merge_queries(table: Examples) -> Examples:
@@ -128,30 +171,44 @@ def _negatives_of_others(table: Examples) -> Examples:
     return _negatives(table, keep)
 
 
-def _pairs(table: Examples, counts: dict[str, int]) -> Examples:
+def _pairs(table: Examples, counts: dict[str, int], *, drop: bool) -> tuple[Examples, Array]:
     """Sentence pairs: drop a text against itself, join repeats in either order (mean score)."""
     second = table.positive[table.positive_offsets[:-1].astype(np.int64)]
     different = second != table.query
     counts["same_text"] = int((~different).sum())
     table, second = table.keep(different), second[different]
-    low, high = np.minimum(table.query, second), np.maximum(table.query, second)
-    group, first = _groups(_keys(low, high))
+    pair = _keys(np.minimum(table.query, second), np.maximum(table.query, second))
+    group, first = _groups(pair)
+    differs = np.zeros(len(first), bool)
+    bits = table.score.view(np.uint32)  # so that no score equals no score
+    differs[group[bits != bits[first][group]]] = True
+    found = _rows(pair[first][differs])
+    if drop:
+        counts["conflicting"] = int(differs[group].sum())
+        table = table.keep(~differs[group])
+        group, first = _groups(pair[~differs[group]])
     counts["merged"] = len(table) - len(first)
     total = np.bincount(group, weights=table.score.astype(np.float64), minlength=len(first))
     mean = total / np.bincount(group, minlength=len(first)).clip(min=1)
-    return replace(table.take(first), score=mean.astype(np.float32))
+    return replace(table.take(first), score=mean.astype(np.float32)), found
 
 
-def _classes(table: Examples, counts: dict[str, int], representative: Array | None) -> Examples:
-    """Labelled texts: join copies with the same label; copies with another label are counted."""
+def _classes(
+    table: Examples, counts: dict[str, int], representative: Array | None, *, drop: bool
+) -> tuple[Examples, Array]:
+    """Labelled texts: join copies with the same label."""
     text = table.query if representative is None else representative[table.query]
     counts["same_text"] = 0
+    group, first = _groups(text)
+    differs = np.zeros(len(first), bool)
+    differs[group[table.label != table.label[first][group]]] = True
+    found = text[first][differs]
+    if drop:
+        counts["conflicting"] = int(differs[group].sum())
+        table, text = table.keep(~differs[group]), text[~differs[group]]
     _, first = _groups(_keys(text, table.label.astype(np.int64) + 1))
     counts["merged"] = len(table) - len(first)
-    table = table.take(first)
-    texts = text[first]
-    counts["conflicting_labels"] = len(texts) - len(np.unique(texts))
-    return table
+    return table.take(first), np.stack([found, found], axis=1)
 
 
 def _groups(key: Array) -> tuple[Array, Array]:
@@ -173,6 +230,11 @@ def _union(group: Array, offsets: Array, *values: Array) -> tuple[Array, ...]:
     first = np.sort(first)
     counts = np.bincount(owner[first], minlength=groups)
     return (offsets_of(counts), *(v[first] for v in values_t))
+
+
+def _rows(keys: Array) -> Array:
+    """The pairs of row numbers that :func:`_keys` joined, U64 [n, 2]."""
+    return np.stack([keys >> np.uint64(32), keys & np.uint64(0xFFFFFFFF)], axis=1)
 
 
 def _keys(a: Array, b: Array) -> Array:

@@ -1,98 +1,159 @@
-"""Near-duplicate removal and decontamination of records.
+"""The dedup stage: duplicates merged, contradictions found, leaks into evaluation sets removed.
 
-The similarity work is Rust's (exact + MinHash LSH + exact verification; n-gram spans); here its
-results are joined with the example tables, counted and explained in ``report.json``.
+The similarity work is Rust's (exact forms, MinHash LSH with exact verification, n-gram runs); here
+its results are joined with the example tables, counted and explained in ``report.json``.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from embkit import _rust, container
-from embkit.data.clean import ACTIONS, clean_examples
+from embkit.data import leaks
+from embkit.data.clean import ACTIONS, CONFLICTS, clean_examples
 from embkit.data.records import KIND, Records, as_directory, write_records
-from embkit.data.sources import read_jsonl
-from embkit.data.tables import Array, Examples, Shard, Texts
+from embkit.data.tables import Array, Examples, Texts, counts_of
 from embkit.errors import UsageError, nearest
 from embkit.progress import bar
-from embkit.stage import stage
+from embkit.stage import Stage, stage
 
+METHODS = ("near", "exact")
 _SAMPLES = 20
-_EXCERPT = 160
+_LAST = np.iinfo(np.uint16).max
 
 
 def dedup(
     records: Any,
     *,
     out: Path | str,
+    method: str = "near",
     threshold: float = 0.8,
-    against: Any = None,
     action: str = "merge",
+    conflicts: str = "keep",
+    priority: Sequence[str] = (),
+    punctuation: str = "keep",
+    against: Any = None,
+    leaked: str = "remove",
     words: int = 13,
     chars: int = 50,
+    units: str = "auto",
+    common: int = 10,
     seed: int = 0,
+    memory: int = 0,
     fresh: bool = False,
 ) -> Records:
-    """Merge near-duplicates and remove what leaks into the evaluation sets.
+    """Merge duplicates and remove what leaks into the evaluation sets.
 
     Args:
         records: a Records, a records directory, or anything :func:`embkit.data.read` takes.
         out: the directory to publish (again records).
-        threshold: Jaccard similarity from which two texts count as near-duplicates.
-        against: evaluation data: a data folder (its dev/ and test/), a split folder, JSON lines
-            files, a records directory, or a list of these. Of a retrieval set the queries and the
-            judged passages count, of a classification set the test texts.
-        action: what becomes of near-duplicates: ``"merge"``, ``"drop"`` or ``"mark"``.
+        method: ``"near"``, or ``"exact"``: only texts with the same normalised form.
+        threshold: Jaccard similarity from which two texts count as near-duplicates, in (0, 1].
+        action: what becomes of duplicates: ``"merge"``, ``"drop"`` or ``"mark"``.
+        conflicts: what becomes of examples that contradict each other (a text that is a positive
+            and a negative of one query, a pair with two scores, a text with two labels):
+            ``"keep"`` or ``"drop"``.
+        priority: names of sources, the best first; of duplicates the text of the better source
+            stays. Sources that are not named come after those that are.
+        punctuation: of ``"exact"``: ``"keep"``, or ``"drop"`` to compare words alone.
+        against: evaluation data: a data folder (its dev/ and test/), a split folder, a BEIR folder,
+            JSON lines files, a records directory, or a list of these. Of a retrieval set the
+            queries and the judged passages count, of a classification set the test texts.
+        leaked: what becomes of examples with leaked texts: ``"remove"``, or ``"mark"``, which only
+            writes ``leaks.safetensors`` and the report.
         words: a run of this many words in common with an evaluation text is a leak.
-        chars: ... and it must have at least this many characters.
+        chars: the same in characters, for scripts without spaces.
+        units: of runs: ``"auto"`` (by the script of each text), ``"words"`` or ``"chars"``.
+        common: a run in more training texts than this is a fixed phrase, and no leak.
         seed: of the MinHash permutations.
+        memory: bytes that near-duplicate search may use beside the texts; beyond them it goes
+            through files in the output's partial directory. 0: no limit. No effect on the result.
         fresh: do it again even when it is done.
 
     Raises:
-        UsageError: unknown action, threshold outside (0, 1], or ``against`` holds no texts.
+        UsageError: an unknown choice or source, a number out of range, a memory limit that is too
+            small (says the least), or ``against`` holds no texts.
+        FileNotFoundError: ``against`` names nothing.
     """
-    if action not in ACTIONS:
-        raise UsageError(f"Unknown action {action!r}; {nearest(action, ACTIONS)}")
+    for name, value, allowed in (
+        ("method", method, METHODS),
+        ("action", action, ACTIONS),
+        ("conflicts", conflicts, CONFLICTS),
+        ("punctuation", punctuation, ("keep", "drop")),
+        ("leaked", leaked, leaks.ACTIONS),
+        ("units", units, leaks.UNITS),
+    ):
+        if value not in allowed:
+            raise UsageError(f"Unknown {name} {value!r}; {nearest(value, allowed)}")
     if not 0 < threshold <= 1:
         raise UsageError(f"threshold = {threshold} is out of range.", fix="above 0, at most 1")
+    if min(words, chars) < 1 or common < 0 or memory < 0:
+        raise UsageError(
+            f"words = {words}, chars = {chars}, common = {common}, memory = {memory}: "
+            "one is out of range.",
+            fix="words and chars are at least 1, common and memory at least 0",
+        )
     records = as_directory(records, out)
     evaluation = _paths(against)
-    params = {
+    params: dict[str, Any] = {
+        "method": method,
         "threshold": threshold,
         "action": action,
+        "conflicts": conflicts,
+        "priority": list(priority),
+        "punctuation": punctuation,
+        "leaked": leaked,
         "words": words,
         "chars": chars,
+        "units": units,
+        "common": common,
         "seed": seed,
     }
+    ranks = source_ranks(records.manifest["sources"], priority)
     inputs = [records.dir, *evaluation]
     with stage(out, name="dedup", params=params, inputs=inputs, kind=KIND, fresh=fresh) as work:
         if not work.done:
-            _run(records, evaluation, work, params)
+            _run(records, evaluation, work, params, ranks, memory)
     return Records.open(out)
 
 
-def _run(records: Records, evaluation: list[Path], work: Any, params: dict[str, Any]) -> None:
-    texts = records.texts
-    threshold, seed = params["threshold"], params["seed"]
-    with bar("Near-duplicates", total=len(texts), unit="texts") as progress:
-        representative, similarity, pairs = _rust.near_duplicates(
-            texts.shards, threshold=threshold, seed=seed, progress=progress.update
-        )
-        progress.update(len(texts))
-    representative = np.asarray(representative, np.uint64)
-    leaked, leaks = np.zeros(len(texts), bool), {"evaluation_texts": 0}
+def _run(
+    records: Records,
+    evaluation: list[Path],
+    work: Stage,
+    params: Mapping[str, Any],
+    ranks: Array,
+    memory: int,
+) -> None:
+    texts, tables = records.texts, records.tasks()
+    rank = text_ranks(tables, len(texts), ranks) if len(params["priority"]) else None
+    representative, similarity, checked = _duplicates(texts, rank, work, params, memory)
+    gone, leak_report = np.zeros(len(texts), bool), None
     if evaluation:
-        leaked, leaks = _leaks(texts, evaluation, params)
-    tables, counts = {}, {}
-    for name, table in records.tasks().items():
-        tables[name], counts[name] = clean_examples(
-            table, representative=representative, leaked=leaked, action=params["action"]
+        found = leaks.find(texts, leaks.held_out(evaluation), params)
+        found.save(work.dir / "leaks.safetensors", texts)
+        leak_report = found.report(texts)
+        if params["leaked"] == "remove":
+            gone = found.leaked
+    counts, samples = {}, {}
+    for name, table in tables.items():
+        done = clean_examples(
+            table,
+            representative=representative,
+            leaked=gone,
+            action=params["action"],
+            conflicts=params["conflicts"],
         )
+        tables[name], counts[name] = done.table, done.counts
+        samples[name] = [
+            [leaks.short(texts.get(int(row))) for row in pair]
+            for pair in done.conflicts[:_SAMPLES].tolist()
+        ]
     cluster = texts.text_id[representative]
     container.save(
         work.dir / "clusters.safetensors",
@@ -100,24 +161,81 @@ def _run(records: Records, evaluation: list[Path], work: Any, params: dict[str, 
             "text_id": texts.text_id,
             "cluster": cluster,
             "representative": representative,
-            "similarity": np.asarray(similarity, np.float32),
+            "similarity": similarity,
         },
         kind="embkit.clusters",
     )
     report: dict[str, Any] = {
         "texts": {
             "before": len(texts),
-            "near_duplicates": int((representative != np.arange(len(texts))).sum()),
-            "pairs_checked": int(pairs),
+            "duplicates": int((representative != np.arange(len(texts))).sum()),
+            "pairs_checked": checked,
         },
         "examples": counts,
-        "clusters": _largest(texts, representative, similarity),
-        "leaks": leaks,
+        "conflicts": samples,
+        "clusters": _clusters(texts, representative, similarity),
+        "leaks": leak_report or {"evaluation_texts": 0},
     }
     texts = Texts(shards=texts.shards, text_id=texts.text_id, cluster=cluster)
     texts, tables = compact(texts, tables)
     report["texts"]["after"] = len(texts)
     write_records(work, texts, tables, records.manifest["sources"], report)
+
+
+def _duplicates(
+    texts: Texts, rank: Array | None, work: Stage, params: Mapping[str, Any], memory: int
+) -> tuple[Array, Array, int]:
+    """Representative (U64) and similarity to it (F32) of each text, and the pairs compared."""
+    spill = work.dir / "spill"
+    spill.mkdir(exist_ok=True)
+    options: dict[str, Any] = {"memory": memory, "spill": str(spill)}
+    with bar("Duplicates", total=len(texts), unit="texts") as progress:
+        if params["method"] == "exact":
+            representative = _rust.exact_duplicates(
+                texts.shards,
+                punctuation=params["punctuation"],
+                priority=rank,
+                progress=progress.update,
+                **options,
+            )
+            similarity, checked = np.ones(len(texts), np.float32), 0
+        else:
+            representative, similarity, checked = _rust.near_duplicates(
+                texts.shards,
+                threshold=params["threshold"],
+                seed=params["seed"],
+                priority=rank,
+                progress=progress.update,
+                **options,
+            )
+        progress.update(len(texts))
+    shutil.rmtree(spill)
+    return np.asarray(representative, np.uint64), np.asarray(similarity, np.float32), int(checked)
+
+
+def source_ranks(sources: Sequence[Mapping[str, str]], priority: Sequence[str]) -> Array:
+    """U16 per source: its place in ``priority``, those that are not named last.
+
+    Raises:
+        UsageError: a name that is no source.
+    """
+    names = [source["name"] for source in sources]
+    for name in priority:
+        if name not in names:
+            raise UsageError(f"priority names {name!r}, which is no source; {nearest(name, names)}")
+    order = {name: i for i, name in enumerate(dict.fromkeys(priority))}
+    return np.array([order.get(name, len(order)) for name in names], np.uint16)
+
+
+def text_ranks(tables: Mapping[str, Examples], texts: int, ranks: Array) -> Array:
+    """U16 [texts]: the best rank of the sources whose examples name a text."""
+    out = np.full(texts, _LAST, np.uint16)
+    for table in tables.values():
+        rank = ranks[table.provenance]
+        np.minimum.at(out, table.query, rank)
+        np.minimum.at(out, table.positive, np.repeat(rank, counts_of(table.positive_offsets)))
+        np.minimum.at(out, table.negative, np.repeat(rank, counts_of(table.negative_offsets)))
+    return out
 
 
 def compact(texts: Texts, tables: dict[str, Examples]) -> tuple[Texts, dict[str, Examples]]:
@@ -127,134 +245,6 @@ def compact(texts: Texts, tables: dict[str, Examples]) -> tuple[Texts, dict[str,
         used[table.rows()] = True
     new_row = np.cumsum(used).astype(np.uint64) - np.uint64(1)
     return texts.keep(used), {name: t.mapped(new_row) for name, t in tables.items()}
-
-
-# ---------------------------------------------------------------- leaks
-
-
-def _leaks(
-    texts: Texts, evaluation: list[Path], params: dict[str, Any]
-) -> tuple[Array, dict[str, Any]]:
-    """Which training texts are in the evaluation sets: exactly, nearly, or by a run of words."""
-    held = evaluation_texts(evaluation)
-    exact = np.isin(texts.text_id, held.text_id)
-    with bar("Near-duplicates of eval", total=len(texts) + len(held), unit="texts") as progress:
-        near, near_to = _near(texts, held, params, progress)
-    with bar("Leaks", total=len(texts), unit="texts") as progress:
-        found = _rust.contamination(
-            texts.shards, held.shards, words=params["words"], chars=params["chars"]
-        )
-        progress.update(len(texts))
-    train_row, eval_row, overlap = found["train_row"], found["eval_row"], found["overlap"]
-    start, end = found["start"], found["end"]
-    span = np.zeros(len(texts), bool)
-    span[train_row] = True
-    leaked = exact | near | span
-    samples = []
-    order = np.argsort(-np.asarray(overlap), kind="stable")[:_SAMPLES]
-    for i in order.tolist():
-        text = texts.get(int(train_row[i]))
-        raw = text.encode()[int(start[i]) : int(end[i])]
-        samples.append(
-            {
-                "train": _short(text),
-                "evaluation": _short(held.get(int(eval_row[i]))),
-                "span": _short(raw.decode("utf-8", "replace")),
-                "start": int(start[i]),
-                "end": int(end[i]),
-                "overlap": round(float(overlap[i]), 4),
-            }
-        )
-    nearly = [
-        {"train": _short(texts.get(int(row))), "evaluation": _short(held.get(int(near_to[row])))}
-        for row in np.flatnonzero(near & ~exact)[:_SAMPLES].tolist()
-    ]
-    return leaked, {
-        "evaluation_texts": len(held),
-        "texts": int(leaked.sum()),
-        "exact": int(exact.sum()),
-        "near": int((near & ~exact).sum()),
-        "span": int((span & ~exact & ~near).sum()),
-        "spans": samples,
-        "near_samples": nearly,
-        "common": _common(held, found),
-    }
-
-
-def _common(held: Texts, found: dict[str, Any]) -> dict[str, Any]:
-    """Runs of words that too many training texts share to be leaks: reported, not removed."""
-    ngrams, only = found["common"], found["common_only_rows"]
-    shown = [
-        {
-            "span": _short(held.get(row).encode()[start:end].decode("utf-8", "replace")),
-            "training_texts": rows,
-        }
-        for row, start, end, rows in found["common_samples"][:_SAMPLES]
-    ]
-    return {"ngrams": ngrams, "texts_with_nothing_else": only, "samples": shown}
-
-
-def _near(texts: Texts, held: Texts, params: dict[str, Any], progress: Any) -> tuple[Array, Array]:
-    """Training texts in the near-duplicate cluster of an evaluation text, and which one."""
-    representative, _, _ = _rust.near_duplicates(
-        [*texts.shards, *held.shards],
-        threshold=params["threshold"],
-        seed=params["seed"],
-        progress=progress.update,
-    )
-    progress.update(len(texts) + len(held))
-    representative = np.asarray(representative, np.int64)
-    member = np.full(len(representative), -1, np.int64)  # an evaluation text of each cluster
-    member[representative[len(texts) :][::-1]] = np.arange(len(held))[::-1]
-    near_to = member[representative[: len(texts)]]
-    return near_to >= 0, near_to
-
-
-def evaluation_texts(paths: Sequence[Path]) -> Texts:
-    """The texts of evaluation data that training must not have seen.
-
-    Raises:
-        UsageError: a path holds no evaluation texts.
-    """
-    lines: list[bytes] = []
-    builder = _rust.RecordsBuilder()
-    for path in paths:
-        found = _held_out(path)
-        if not found:
-            raise UsageError(
-                "No evaluation texts here.",
-                where=path,
-                fix="give a data folder with dev/ or test/, or a JSON lines file",
-            )
-        lines += [json.dumps({"text": t, "label": "x"}, ensure_ascii=False).encode() for t in found]
-    builder.add_lines(b"\n".join(lines) + b"\n", "evaluation", "evaluation", "classification")
-    parsed = builder.finish()
-    shard: Shard = (parsed["text"], np.asarray(parsed["text_offsets"], np.uint64))
-    ids = np.asarray(parsed["text_id"], np.uint64)
-    return Texts(shards=[shard], text_id=ids, cluster=ids)
-
-
-def _held_out(path: Path) -> list[str]:
-    from embkit.evaluate.tasks import held_out_texts, is_split
-
-    if path.is_file():
-        return _strings(path)
-    if (path / "manifest.json").is_file():
-        return list(Records.open(path).texts)
-    splits = [path] if is_split(path) else [p for p in (path / "dev", path / "test") if p.is_dir()]
-    return [text for split in splits for text in held_out_texts(split)]
-
-
-def _strings(path: Path) -> list[str]:
-    """Every text of a JSON lines file, whatever its columns; ids and labels are no texts."""
-    out: list[str] = []
-    for row in read_jsonl(path):
-        for key, value in row.items():
-            if key in ("_id", "id", "label", "query_id", "corpus_id", "title"):
-                continue
-            values = value if isinstance(value, list) else [value]
-            out += [v for v in values if isinstance(v, str) and v.strip()]
-    return out
 
 
 def _paths(against: Any) -> list[Path]:
@@ -268,10 +258,7 @@ def _paths(against: Any) -> list[Path]:
     return paths
 
 
-# ---------------------------------------------------------------- the report
-
-
-def _largest(texts: Texts, representative: Array, similarity: Array) -> dict[str, Any]:
+def _clusters(texts: Texts, representative: Array, similarity: Array) -> dict[str, Any]:
     """How many clusters there are and what is in the largest."""
     size = np.bincount(representative.astype(np.int64), minlength=len(texts))
     heads = np.argsort(-size, kind="stable")[:_SAMPLES]
@@ -282,9 +269,12 @@ def _largest(texts: Texts, representative: Array, similarity: Array) -> dict[str
         largest.append(
             {
                 "size": int(size[head]),
-                "representative": _short(texts.get(head)),
+                "representative": leaks.short(texts.get(head)),
                 "members": [
-                    {"text": _short(texts.get(i)), "similarity": round(float(similarity[i]), 4)}
+                    {
+                        "text": leaks.short(texts.get(i)),
+                        "similarity": round(float(similarity[i]), 4),
+                    }
                     for i in others
                 ],
             }
@@ -292,6 +282,26 @@ def _largest(texts: Texts, representative: Array, similarity: Array) -> dict[str
     return {"count": int((size > 1).sum()), "largest": largest}
 
 
-def _short(text: str) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= _EXCERPT else text[: _EXCERPT - 1] + "…"
+def summary(report: Mapping[str, Any]) -> str:
+    """The report of a dedup stage as a screen of text."""
+    texts, clusters, found = report["texts"], report["clusters"], report["leaks"]
+    lines = [
+        f"  {texts['before']:,} distinct texts, {texts['duplicates']:,} of them duplicates in "
+        f"{clusters['count']:,} clusters; {texts['after']:,} texts are left"
+    ]
+    columns = ("before", "leaked", "duplicates", "same_text", "conflicting", "merged", "after")
+    lines.append("  " + " ".join(f"{c.replace('_', ' '):>12}" for c in ("examples", *columns)))
+    for name, counts in report["examples"].items():
+        lines.append("  " + " ".join([f"{name[:12]:>12}", *(f"{counts[c]:>12,}" for c in columns)]))
+    contradictions = sum(counts["conflicts"] for counts in report["examples"].values())
+    if contradictions:
+        lines.append(f"  {contradictions:,} contradictions between examples, see report.json")
+    for cluster in clusters["largest"][:5]:
+        lines.append(f"  {cluster['size']:>8,} x {cluster['representative'][:90]}")
+    if found["evaluation_texts"]:
+        lines.append(
+            f"  {found['texts']:,} texts leak into evaluation sets: {found['exact']:,} whole, "
+            f"{found['near']:,} nearly, {found['span']:,} by a run"
+        )
+        lines += [f"  {s['texts']:>8,} in {name}" for name, s in found["sets"].items()]
+    return "\n".join(lines)

@@ -191,22 +191,24 @@ def load_classification(folder: Path) -> ClassificationSet:
     )
 
 
-def held_out_texts(folder: Path) -> Iterator[str]:
-    """Texts that training must not have seen.
+def held_out_sets(folder: Path) -> Iterator[tuple[str, list[str]]]:
+    """Per set of a split, its name and the texts that training must not have seen."""
+    for found in load_split(folder):
+        yield found.name, texts_of(found)
+
+
+def texts_of(found: EvalSet) -> list[str]:
+    """Texts of a set that training must not have seen.
 
     Queries and judged passages of retrieval sets, sentence pairs, and the test part of
     classification sets. Unjudged passages are only distractors, and the train part of a probe is
     training data by definition.
     """
-    for found in load_split(folder):
-        if isinstance(found, RetrievalSet):
-            yield from found.queries
-            yield from (found.corpus[i] for i in found.seen)
-        elif isinstance(found, StsSet):
-            yield from found.first
-            yield from found.second
-        else:
-            yield from found.test
+    if isinstance(found, RetrievalSet):
+        return [*found.queries, *(found.corpus[i] for i in found.seen)]
+    if isinstance(found, StsSet):
+        return [*found.first, *found.second]
+    return list(found.test)
 
 
 def _folders(folder: Path) -> list[Path]:

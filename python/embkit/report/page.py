@@ -182,12 +182,12 @@ def _dedup(report: Mapping[str, Any]) -> str:
         return ""
     texts, leaks = report.get("texts", {}), report.get("leaks", {})
     facts = [
-        f"{texts.get('before', 0):,} distinct texts, {texts.get('near_duplicates', 0):,} of them "
-        f"near-duplicates in {report.get('clusters', {}).get('count', 0):,} clusters",
+        f"{texts.get('before', 0):,} distinct texts, {texts.get('duplicates', 0):,} of them "
+        f"duplicates in {report.get('clusters', {}).get('count', 0):,} clusters",
         f"{leaks.get('texts', 0):,} texts leak into the evaluation sets: {leaks.get('exact', 0):,} "
         f"exactly, {leaks.get('near', 0):,} nearly, {leaks.get('span', 0):,} by a run of words",
     ]
-    columns = ["before", "leaked", "duplicates", "same_text", "merged", "after"]
+    columns = ["before", "leaked", "duplicates", "same_text", "conflicting", "merged", "after"]
     body = [
         [name, *(f"{counts.get(c, 0):,}" for c in columns)]
         for name, counts in report.get("examples", {}).items()

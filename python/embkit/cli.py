@@ -111,7 +111,7 @@ def explain(
 
 @app.command()
 def dedup(
-    sources: Annotated[list[str], typer.Argument(help="Record files (jsonl, .zst, parquet).")],
+    sources: Annotated[list[str], typer.Argument(help="A records directory, or record files.")],
     out: Out,
     against: Annotated[
         list[Path] | None, typer.Option("--against", help="Evaluation folder; repeatable.")
@@ -168,9 +168,8 @@ def filter_(
     settings: dict[str, Any] = {}
     for item in set_ or []:
         apply_override(settings, item)
-    finished = len(records) == 1 and (Path(records[0]) / "manifest.json").is_file()
     done = data.filter(
-        Path(records[0]) if finished else data.read(records),
+        data.read(records),
         out=out,
         rules=data.FilterRules.preset(preset, settings),
         languages=languages.split(",") if languages else None,
@@ -194,8 +193,7 @@ def tokenize(
     from embkit import data, pipeline
 
     chosen = _settings(settings, set_)
-    finished = len(records) == 1 and (Path(records[0]) / "manifest.json").is_file()
-    source = Path(records[0]) if finished else data.read(records)
+    source = data.read(records)
     data.tokenize(source, out=out, **pipeline.tokenizer_options(chosen))
     _done(out)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 
@@ -137,6 +138,21 @@ def test_raw_shards_are_cut_at_a_size(tmp_path: Path, monkeypatch: pytest.Monkey
     (tmp_path / names[1]).unlink()
     with pytest.raises(CorruptError, match="missing: raw-00001-of-00004"):
         Texts.load(tmp_path)
+
+
+def test_a_corpus_is_filtered_one_shard_at_a_time(tmp_path: Path) -> None:
+    rows, size = 500, 2000
+    one = np.full(rows * size, 97, np.uint8), np.arange(rows + 1, dtype=np.uint64) * np.uint64(size)
+    ids = np.arange(16 * rows, dtype=np.uint64)
+    mask = ids % 3 > 0
+    tracemalloc.start()
+    try:
+        Texts(shards=[one] * 16, text_id=ids, cluster=ids).keep(mask).save(tmp_path)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 5 * rows * size  # 16 would be the whole corpus
+    assert Texts.load(tmp_path).text_id.tolist() == ids[mask].tolist()
 
 
 @pytest.mark.parametrize(("given", "name"), [("a b/c", "a_b_c"), ("ok-1.x", "ok-1.x")])

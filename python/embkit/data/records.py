@@ -205,6 +205,8 @@ def read(
     """
     if not 0 <= max_rejected <= 1:
         raise UsageError(f"max_rejected is a share between 0 and 1, not {max_rejected}.")
+    if isinstance(inputs, (list, tuple)) and len(inputs) == 1:
+        inputs = inputs[0]
     if isinstance(inputs, (str, Path)) and (Path(inputs) / "manifest.json").is_file():
         return Records.open(inputs)
     if isinstance(inputs, Records):

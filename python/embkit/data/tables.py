@@ -257,6 +257,27 @@ def concatenate(tables: Sequence[Examples]) -> Examples:
 # ---------------------------------------------------------------- raw texts
 
 
+_NO = np.zeros(0, np.int64)
+
+
+class _Kept(Sequence[Shard]):
+    """Some texts of other shards, made when they are asked for: a corpus need not fit memory."""
+
+    def __init__(self, shards: Sequence[Shard], mask: Array) -> None:
+        ends = np.cumsum([0, *(len(offsets) - 1 for _, offsets in shards)])
+        masks = [mask[a:b] for a, b in zip(ends[:-1], ends[1:], strict=True)]
+        self.parts = [(s, m) for s, m in zip(shards, masks, strict=True) if m.any()]
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+    def __getitem__(self, i: Any) -> Any:
+        (text, offsets), mask = self.parts[i]
+        counts = counts_of(offsets)
+        base = text[int(offsets[0]) : int(offsets[-1])]
+        return base[np.repeat(mask, counts)], offsets_of(counts[mask])
+
+
 @dataclass(frozen=True, kw_only=True)
 class Texts:
     """Distinct texts with their identities, in shards.
@@ -267,7 +288,7 @@ class Texts:
         cluster: U64 [n], text_id of the near-duplicate cluster's representative.
     """
 
-    shards: list[Shard]
+    shards: Sequence[Shard]
     text_id: Array
     cluster: Array
 
@@ -295,26 +316,25 @@ class Texts:
                 yield data[a:b].decode()
 
     def keep(self, mask: Array) -> Texts:
-        """The texts where ``mask`` (bool [n]) holds, copied, still in shards."""
-        shards, at = [], 0
-        for text, offsets in self.shards:
-            n = len(offsets) - 1
-            part, counts = mask[at : at + n], counts_of(offsets)
-            at += n
-            if part.any():
-                base = text[int(offsets[0]) : int(offsets[-1])]
-                shards.append((base[np.repeat(part, counts)], offsets_of(counts[part])))
-        return Texts(shards=shards, text_id=self.text_id[mask], cluster=self.cluster[mask])
+        """The texts where ``mask`` (bool [n]) holds; a shard is copied each time it is taken."""
+        return Texts(
+            shards=_Kept(self.shards, mask),
+            text_id=self.text_id[mask],
+            cluster=self.cluster[mask],
+        )
 
     def save(self, directory: Path) -> list[str]:
-        """Write ``raw-*-of-*.safetensors``, cut at a fixed number of bytes; returns the names."""
-        pieces: list[Shard] = []
-        for text, offsets in self.shards or [(np.zeros(0, np.uint8), np.zeros(1, np.uint64))]:
-            pieces += _cut(text, offsets)
-        names, at = [], 0
-        for i, (text, offsets) in enumerate(pieces):
+        """Write ``raw-*-of-*.safetensors``, cut at a fixed number of bytes; returns the names.
+
+        Holds one shard at a time.
+        """
+        shards = self.shards if len(self.shards) else [(np.zeros(0, np.uint8), offsets_of(_NO))]
+        total = sum(1 for shard in shards for _ in _cut(*shard))
+        names: list[str] = []
+        at = 0
+        for text, offsets in (piece for shard in shards for piece in _cut(*shard)):
             n = len(offsets) - 1
-            names.append(f"raw-{i:05d}-of-{len(pieces):05d}.safetensors")
+            names.append(f"raw-{len(names):05d}-of-{total:05d}.safetensors")
             container.save(
                 directory / names[-1],
                 {

@@ -16,6 +16,7 @@ import pytest
 from small import REPO, full_count
 from tiny import build, make_source
 
+from embkit import _rust
 from embkit.data import Store
 
 pytestmark = pytest.mark.promise
@@ -139,6 +140,35 @@ def held() -> tuple[int, int]:
     """Resident bytes of this process, and its open files."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE"), len(os.listdir("/proc/self/fd"))  # noqa: PTH208
+
+
+def test_no_leaks_of_text_functions(tmp_path: Path) -> None:
+    """P16: 300 calls each of what reads texts, capped so that files are used: nothing stays."""
+    texts = [f"a text of some words {i % 40} and then a few more of them {i}" for i in range(400)]
+    raw = [t.encode() for t in texts]
+    ends = np.cumsum([0, *map(len, raw)]).astype(np.uint64)
+    shards = [(np.frombuffer(b"".join(raw), np.uint8), ends)]
+    capped = {"memory": 100_000, "spill": str(tmp_path), "threads": 2}
+
+    def once() -> None:
+        _rust.near_duplicates(shards, threshold=0.5, **capped)
+        _rust.exact_duplicates(shards, **capped)
+        _rust.near_matches(shards, shards, threads=2)
+        _rust.contamination(shards, shards, words=5, threads=2)
+        _rust.filter_texts(shards, [("words", True, 3.0, 0)], None, threads=2)
+
+    for _ in range(100):
+        once()
+    gc.collect()
+    before = held()
+    for _ in range(300):
+        once()
+    gc.collect()
+    after = held()
+    print(f"300 times: {(after[0] - before[0]) / 1024:.0f} KiB more, {after[1]} open files")
+    assert after[0] - before[0] < 2 << 20
+    assert after[1] == before[1]
+    assert not list(tmp_path.iterdir())
 
 
 def test_no_leaks(one_shard: Path) -> None:

@@ -290,9 +290,12 @@ def summary(report: Mapping[str, Any]) -> str:
         f"{clusters['count']:,} clusters; {texts['after']:,} texts are left"
     ]
     columns = ("before", "leaked", "duplicates", "same_text", "conflicting", "merged", "after")
-    lines.append("  " + " ".join(f"{c.replace('_', ' '):>12}" for c in ("examples", *columns)))
+    width = max(map(len, ("examples", *report["examples"])))
+    lines.append(
+        f"  {'examples':>{width}}" + "".join(f" {c.replace('_', ' '):>11}" for c in columns)
+    )
     for name, counts in report["examples"].items():
-        lines.append("  " + " ".join([f"{name[:12]:>12}", *(f"{counts[c]:>12,}" for c in columns)]))
+        lines.append(f"  {name:>{width}}" + "".join(f" {counts[c]:>11,}" for c in columns))
     contradictions = sum(counts["conflicts"] for counts in report["examples"].values())
     if contradictions:
         lines.append(f"  {contradictions:,} contradictions between examples, see report.json")

@@ -7,8 +7,10 @@ use crate::shingle::Shingler;
 use embkit_core::{Job, Result, Texts, hash128, par};
 
 const BLOCK: usize = 512;
-/// Rows whose records wait at a time on their way from the threads to the sorters.
-const WAITING: usize = 1 << 16;
+/// Rows whose records the threads hand to the sorters between two looks at the room.
+const WAVE: usize = 1 << 16;
+/// Forms are dealt to parts by their first four bits.
+const FORM_PARTS: usize = 16;
 
 /// What is kept per row: 16 bytes.
 pub(super) struct Rows {
@@ -18,13 +20,6 @@ pub(super) struct Rows {
     pub form: Vec<u64>,
     /// Normalised bytes (4 GiB and more count as one less).
     pub length: Vec<u32>,
-}
-
-#[derive(Default)]
-struct Part {
-    form: Vec<u128>,
-    length: Vec<u32>,
-    keys: Vec<u32>,
 }
 
 /// Reads every text once. Returns the rows (leaders not yet known), their hashes (96 bits and the
@@ -41,48 +36,50 @@ pub(super) fn sketch(
     rows.form.reserve_exact(n);
     rows.length.reserve_exact(n);
     let dir = || room.dir.clone();
-    let mut forms = Sorter::new(16, room.share(4), dir(), params.threads);
+    let mut forms = Sorter::new(FORM_PARTS, room.share(4), dir(), params.threads);
     let mut keys = Sorter::new(bands.bands, room.share(4), dir(), params.threads);
     if room.dir.is_none() {
-        forms.reserve(n / 16 + n / 128);
+        forms.reserve(n / FORM_PARTS + n / 128);
         keys.reserve(n);
     }
-    let waiting = (room.share(8) / (24 + 4 * bands.bands)).clamp(16, WAITING);
-    for from in (0..n).step_by(waiting) {
-        let count = waiting.min(n - from);
-        let parts = par::try_map_blocks(count, BLOCK, params.threads, |range| {
+    let wave = (room.share(24) / (16 + 8 * bands.bands)).clamp(16, WAVE);
+    for from in (0..n).step_by(wave) {
+        let parts = par::try_map_blocks(wave.min(n - from), BLOCK, params.threads, |range| {
             let (mut shingler, mut signer) =
                 (Shingler::new(params.shingle), Signer::new(bands, params.seed));
-            let (mut out, mut set) = (Part::default(), Vec::new());
-            out.keys.reserve_exact(range.len() * bands.bands);
+            let (mut set, mut own) = (Vec::new(), Vec::with_capacity(range.len() * bands.bands));
+            let (mut found, mut kept) = (Vec::with_capacity(range.len()), Vec::new());
             for row in range {
                 job.check()?;
                 let norm = shingler.in_order(texts.str(from + row)?, &mut set);
-                out.form.push(hash128(norm));
-                out.length.push(u32::try_from(norm.len()).unwrap_or(u32::MAX));
-                signer.keys(&set, &mut out.keys);
+                let (form, length) = (hash128(norm), norm.len());
+                found.push(((form >> 64) as u64, u32::try_from(length).unwrap_or(u32::MAX)));
+                if length > 0 {
+                    kept.push((form, (from + row) as u32));
+                    signer.keys(&set, &mut own);
+                }
                 job.advance(1);
             }
-            Ok(out)
-        })?;
-        let mut row = from as u64;
-        for part in parts {
-            job.check()?;
-            for ((form, length), key) in
-                part.form.iter().zip(&part.length).zip(part.keys.chunks_exact(bands.bands))
-            {
-                rows.form.push((form >> 64) as u64);
-                rows.length.push(*length);
-                if *length > 0 {
-                    let record = form >> 32 << 32 | u128::from(row);
-                    forms.push((form >> 124) as usize, record, job)?;
-                    for (band, key) in key.iter().enumerate() {
-                        keys.push(band, u64::from(*key) << 32 | row, job)?;
-                    }
-                }
-                row += 1;
+            // The sorters sort: who comes first does not matter.
+            for part in 0..FORM_PARTS {
+                let here = kept.iter().filter(|(form, _)| (form >> 124) as usize == part);
+                let record = |&(form, row): &(u128, u32)| form >> 32 << 32 | u128::from(row);
+                forms.extend(part, here.map(record));
             }
+            for band in 0..bands.bands {
+                let key = own.iter().skip(band).step_by(bands.bands);
+                let record =
+                    |(key, kept): (&u32, &(u128, u32))| u64::from(*key) << 32 | u64::from(kept.1);
+                keys.extend(band, key.zip(&kept).map(record));
+            }
+            Ok(found)
+        })?;
+        for (form, length) in parts.into_iter().flatten() {
+            rows.form.push(form);
+            rows.length.push(length);
         }
+        forms.settle(job)?;
+        keys.settle(job)?;
     }
     Ok((rows, forms, keys))
 }

@@ -12,7 +12,7 @@ use std::fs::{File, OpenOptions};
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 /// Records sorted in one go between two looks at the job: a few milliseconds.
 const SORT_CHUNK: usize = 1 << 17;
@@ -152,7 +152,7 @@ fn write_all<T: Record>(file: &mut Scratch, records: &[T]) -> Result<()> {
 /// Records sorted within each of a fixed number of parts.
 pub(super) struct Sorter<T> {
     parts: Vec<Mutex<Vec<T>>>,
-    kept: usize,
+    kept: AtomicUsize,
     room: usize,
     dir: Option<PathBuf>,
     threads: usize,
@@ -164,7 +164,7 @@ impl<T: Record> Sorter<T> {
     /// A sorter that holds up to `room` bytes in memory (everything when `dir` is `None`).
     pub fn new(parts: usize, room: usize, dir: Option<PathBuf>, threads: usize) -> Self {
         let parts = (0..parts).map(|_| Mutex::default()).collect();
-        Self { parts, kept: 0, room, dir, threads, runs: Vec::new() }
+        Self { parts, kept: AtomicUsize::new(0), room, dir, threads, runs: Vec::new() }
     }
 
     /// Makes place for `records` in every part.
@@ -174,9 +174,22 @@ impl<T: Record> Sorter<T> {
 
     pub fn push(&mut self, part: usize, record: T, job: &Job) -> Result<()> {
         lock(&mut self.parts[part]).push(record);
-        self.kept += 1;
+        *self.kept.get_mut() += 1;
+        self.settle(job)
+    }
+
+    /// Adds records from any thread, in any order; [`Sorter::settle`] must follow before long.
+    pub fn extend(&self, part: usize, records: impl Iterator<Item = T>) {
+        let mut part = self.parts[part].lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        let before = part.len();
+        part.extend(records);
+        self.kept.fetch_add(part.len() - before, Ordering::Relaxed);
+    }
+
+    /// Writes what exceeds the room to a file.
+    pub fn settle(&mut self, job: &Job) -> Result<()> {
         // Sorting takes a second buffer and vectors grow by doubling: count each record thrice.
-        if self.dir.is_some() && self.kept * T::BYTES >= self.room / 3 {
+        if self.dir.is_some() && *self.kept.get_mut() * T::BYTES >= self.room / 3 {
             self.spill(job)?;
         }
         Ok(())
@@ -193,7 +206,7 @@ impl<T: Record> Sorter<T> {
             lock(part).clear();
             ends.push(file.length);
         }
-        self.kept = 0;
+        *self.kept.get_mut() = 0;
         self.runs.push((file, ends));
         Ok(())
     }

@@ -9,8 +9,11 @@ use super::{LIST, NONE, Pass};
 use crate::shingle::{Shingler, jaccard};
 use embkit_core::{Job, Result, par};
 
-/// Forms, and bytes of their texts, whose sets are held at a time.
-const BLOCK: usize = 4096;
+/// Forms, for each thread, that are compared with the representatives before them in one go; with
+/// each other they are compared by one thread. No effect on the result.
+const BLOCK: usize = 256;
+/// Forms at most, and bytes of their texts, whose sets are held at a time.
+const MOST: usize = 4096;
 const BLOCK_BYTES: usize = 8 << 20;
 /// Segments at most (a few more where large forms fill one early).
 const SEGMENTS: u64 = 200;
@@ -139,10 +142,12 @@ fn process(
 ) -> Result<u64> {
     let mut segment = Segment::new(records, number, routes, count)?;
     let forms: Vec<&[u64]> = records.chunk_by(|a, b| a >> 32 == b >> 32).collect();
+    let threads = if pass.params.threads == 0 { par::threads() } else { pass.params.threads };
+    let most = (BLOCK * threads).min(MOST);
     let (mut checked, mut start) = (0, 0);
     while start < forms.len() {
         let (mut end, mut bytes) = (start, 0);
-        while end < forms.len() && end - start < BLOCK && bytes < BLOCK_BYTES {
+        while end < forms.len() && end - start < most && bytes < BLOCK_BYTES {
             bytes += pass.text(position(forms[end]))?.len();
             end += 1;
         }

@@ -17,6 +17,7 @@ from embkit import _rust, container
 from embkit.data.dedup import compact
 from embkit.data.filter_rules import LANGUAGE, FilterRules, Rule, language_codes
 from embkit.data.filter_score import ScoreFilter, Scores, score_pairs
+from embkit.data.leaks import short
 from embkit.data.records import KIND, Records, as_directory, write_records
 from embkit.data.tables import Array, Examples, Texts, any_jagged, counts_of, keep_jagged
 from embkit.errors import UsageError, nearest
@@ -25,7 +26,6 @@ from embkit.stage import stage
 
 ACTIONS = ("drop", "mark")
 _SAMPLES = 20
-_EXCERPT = 160
 _LANGUAGE_BIT = 31
 
 
@@ -226,7 +226,7 @@ def _rule_report(
         about["texts"] = len(rows)
         about["examples"] = {name: _touched(t, found, bit) for name, t in tables.items()}
         about["samples"] = [
-            {"text": _short(texts.get(int(row))), "value": value}
+            {"text": short(texts.get(int(row))), "value": value}
             for row, value in zip(chosen, values, strict=True)
         ]
         entries.append(about)
@@ -245,8 +245,3 @@ def _touched(table: Examples, found: _Found, bit: Any) -> int:
     )
     broken = none_left & any_jagged(table.positive_offsets, (positive & bit) != 0)
     return int((((query & bit) != 0) | broken).sum())
-
-
-def _short(text: str) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= _EXCERPT else text[: _EXCERPT - 1] + "…"

@@ -18,12 +18,12 @@ import numpy as np
 
 from embkit import container
 from embkit.data.embeddings import Embeddings
+from embkit.data.leaks import short
 from embkit.data.tables import Array, Examples, Texts, owners
 from embkit.errors import UsageError
 from embkit.progress import bar
 
 _SAMPLES = 20
-_EXCERPT = 160
 _BINS = 40  # of the histogram, over [-1, 1]
 
 
@@ -189,14 +189,9 @@ def _samples(texts: Texts, table: Examples, cosine: Array, at: Array) -> list[di
     return [
         {
             "task": table.name,
-            "query": _short(texts.get(int(table.query[own[i]]))),
-            "positive": _short(texts.get(int(table.positive[i]))),
+            "query": short(texts.get(int(table.query[own[i]]))),
+            "positive": short(texts.get(int(table.positive[i]))),
             "score": round(float(cosine[i]), 4),
         }
         for i in worst.tolist()
     ]
-
-
-def _short(text: str) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= _EXCERPT else text[: _EXCERPT - 1] + "…"

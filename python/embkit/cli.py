@@ -128,13 +128,14 @@ def dedup(
     from embkit.data.dedup import summary
     from embkit.pipeline import dedup_options
 
+    limit = _bytes(memory)
     chosen = _settings(settings, set_)
     records = data.read(sources, max_rejected=chosen.data.max_rejected)
     done = data.dedup(
         records,
         out=out,
         against=against or [],
-        memory=_bytes(memory),
+        memory=limit,
         fresh=fresh,
         **dedup_options(chosen),
     )
@@ -416,7 +417,7 @@ def _bytes(text: str) -> int:
     unit = {"K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}.get(text[-1:].upper(), 0)
     try:
         return int(float(text[:-1]) * unit) if unit else int(text)
-    except ValueError:
+    except (ValueError, OverflowError):
         raise UsageError(f"{text!r} is no size.", fix="write for example 500M or 2G") from None
 
 

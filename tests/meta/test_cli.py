@@ -78,6 +78,8 @@ def test_help_names_every_verb_and_exits_0() -> None:
 @pytest.mark.parametrize(
     ("words", "code", "says"),
     [
+        (["dedup", "x.jsonl", "--out", "y", "--memory", "infG"], 2, "write for example 500M"),
+        (["dedup", "x.jsonl", "--out", "y", "--memory", "much"], 2, "write for example 500M"),
         (["run", "quickstrat"], 4, "quickstart"),
         (["run", "quickstart", "--set", "finetune.lrr=1"], 2, "did you mean 'lr'"),
         (["run", "quickstart", "--set", "finetune.lr=fast"], 2, "Expected float"),

@@ -199,9 +199,19 @@ def threads() -> int:
     return len(os.listdir("/proc/self/task"))  # noqa: PTH208
 
 
+def settled() -> int:
+    """Threads of this process once those that have ended are gone from the kernel's list, too."""
+    count, since = threads(), time.monotonic()
+    while time.monotonic() < since + 0.02:
+        if threads() != count:
+            count, since = threads(), time.monotonic()
+        time.sleep(0.001)
+    return count
+
+
 def interrupted(call: Call, ticks: list[float]) -> dict[str, float] | None:
     """Make the call; None when it was over before the signal."""
-    before, begin = threads(), time.monotonic()
+    before, begin = settled(), time.monotonic()
     interrupt = Interrupt()
     caught = 0.0
     try:

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -142,6 +143,21 @@ def held() -> tuple[int, int]:
     return pages * os.sysconf("SC_PAGE_SIZE"), len(os.listdir("/proc/self/fd"))  # noqa: PTH208
 
 
+def assert_nothing_stays(once: Callable[[], None], times: int) -> None:
+    """Under 2 MiB more after so many calls, and no file more."""
+    for _ in range(200):  # allocators and caches fill up first
+        once()
+    gc.collect()
+    before = held()
+    for _ in range(times):
+        once()
+    gc.collect()
+    after = held()
+    print(f"{times} times: {(after[0] - before[0]) / 1024:.0f} KiB more, {after[1]} open files")
+    assert after[0] - before[0] < 2 << 20
+    assert after[1] == before[1]
+
+
 def test_no_leaks_of_text_functions(tmp_path: Path) -> None:
     """P16: 300 calls each of what reads texts, capped so that files are used: nothing stays."""
     texts = [f"a text of some words {i % 40} and then a few more of them {i}" for i in range(400)]
@@ -157,17 +173,7 @@ def test_no_leaks_of_text_functions(tmp_path: Path) -> None:
         _rust.contamination(shards, shards, words=5, threads=2)
         _rust.filter_texts(shards, [("words", True, 3.0, 0)], None, threads=2)
 
-    for _ in range(100):
-        once()
-    gc.collect()
-    before = held()
-    for _ in range(300):
-        once()
-    gc.collect()
-    after = held()
-    print(f"300 times: {(after[0] - before[0]) / 1024:.0f} KiB more, {after[1]} open files")
-    assert after[0] - before[0] < 2 << 20
-    assert after[1] == before[1]
+    assert_nothing_stays(once, 300)
     assert not list(tmp_path.iterdir())
 
 
@@ -182,14 +188,4 @@ def test_no_leaks(one_shard: Path) -> None:
         store.tasks()
         assert store.text(3)
 
-    for _ in range(200):  # allocators and caches fill up first
-        once()
-    gc.collect()
-    before = held()
-    for _ in range(1000):
-        once()
-    gc.collect()
-    after = held()
-    print(f"1,000 stores: {(after[0] - before[0]) / 1024:.0f} KiB more, {after[1]} open files")
-    assert after[0] - before[0] < 2 << 20
-    assert after[1] == before[1]
+    assert_nothing_stays(once, 1000)

@@ -267,15 +267,15 @@ class _Kept(Sequence[Shard]):
         ends = np.cumsum([0, *(len(offsets) - 1 for _, offsets in shards)])
         masks = [mask[a:b] for a, b in zip(ends[:-1], ends[1:], strict=True)]
         self.parts = [(s, m) for s, m in zip(shards, masks, strict=True) if m.any()]
+        self.offsets = [offsets_of(counts_of(o)[m]) for (_, o), m in self.parts]
 
     def __len__(self) -> int:
         return len(self.parts)
 
     def __getitem__(self, i: Any) -> Any:
         (text, offsets), mask = self.parts[i]
-        counts = counts_of(offsets)
         base = text[int(offsets[0]) : int(offsets[-1])]
-        return base[np.repeat(mask, counts)], offsets_of(counts[mask])
+        return base[np.repeat(mask, counts_of(offsets))], self.offsets[i]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -329,7 +329,8 @@ class Texts:
         Holds one shard at a time.
         """
         shards = self.shards if len(self.shards) else [(np.zeros(0, np.uint8), offsets_of(_NO))]
-        total = sum(1 for shard in shards for _ in _cut(*shard))
+        ends = shards.offsets if isinstance(shards, _Kept) else [offsets for _, offsets in shards]
+        total = sum(1 for offsets in ends for _ in _cuts(offsets))
         names: list[str] = []
         at = 0
         for text, offsets in (piece for shard in shards for piece in _cut(*shard)):
@@ -402,13 +403,19 @@ def task_name(text: str) -> str:
 
 def _cut(text: Array, offsets: Array) -> Iterable[Shard]:
     """Split a shard where it passes the size limit, at row boundaries, in order."""
+    for start, stop in _cuts(offsets):
+        part = offsets[start : stop + 1]
+        yield text[int(part[0]) : int(part[-1])], (part - part[0]).astype(np.uint64)
+
+
+def _cuts(offsets: Array) -> Iterable[tuple[int, int]]:
+    """First row and row after the last of each piece of a shard."""
     ends = offsets.astype(np.int64)
     start, n = 0, len(ends) - 1
     while True:
         stop = int(np.searchsorted(ends, ends[start] + _SHARD_BYTES, side="right")) - 1
         stop = min(n, max(stop, start + 1))
-        part = offsets[start : stop + 1] - offsets[start]
-        yield text[int(ends[start]) : int(ends[stop])], part.astype(np.uint64)
+        yield start, stop
         if stop == n:
             return
         start = stop

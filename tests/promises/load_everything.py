@@ -37,6 +37,7 @@ def sources(source: Path, folder: Path) -> list[Path]:
 def load_everything(built: Path, files: list[Path]) -> None:
     from embkit import container, data
     from embkit.data import vocabulary
+    from embkit.data.vectors import load_vectors, vectors_origin
     from embkit.train import checkpoint
 
     for folder in ("records", "clean"):
@@ -49,6 +50,9 @@ def load_everything(built: Path, files: list[Path]) -> None:
     assert store.tasks() and list(store.texts()) and store.cluster(rows).any()
     vocabulary.load_tokenizer(store.tokenizer)
     container.load_torch(built / "model.safetensors")
+    for name in ("vectors.npy", "vectors.safetensors"):
+        load_vectors(built / name)
+        vectors_origin(built / name)
     assert checkpoint.load_latest(built / "checkpoints") is not None
     with tempfile.TemporaryDirectory() as folder:
         data.read(files).save(Path(folder) / "records")
@@ -61,6 +65,9 @@ def main(built: Path, source: Path) -> None:
     from embkit.train import checkpoint
 
     container.save(built / "model.safetensors", {"w": torch.ones(3)}, kind="embkit.test")
+    vectors = np.ones((3, 2), np.float32)
+    np.save(built / "vectors.npy", vectors)
+    container.save(built / "vectors.safetensors", {"embedding": vectors}, kind="embkit.embeddings")
     checkpoint.save(
         built / "checkpoints", step=1, model={"w": torch.ones(2)}, optimizer={}, state={"seed": 1}
     )

@@ -18,6 +18,7 @@ import pytest
 
 from embkit import container, data
 from embkit.data import vocabulary
+from embkit.data.vectors import load_vectors
 from embkit.errors import EmbkitError
 
 pytestmark = pytest.mark.promise
@@ -98,11 +99,15 @@ def test_poison_is_refused_by_name(built: Path, tmp_path: Path, name: str) -> No
     refused(lambda p: data.read(p).save(tmp_path / "records"), path)
     refused(container.load, path)
     refused(vocabulary.load_tokenizer, path)
+    refused(load_vectors, path)
     renamed = tmp_path / "rows.jsonl"
     renamed.write_bytes(poison)
     refused(lambda p: data.read(p).save(tmp_path / "records"), renamed)
     parquet = tmp_path / "rows.parquet"
     parquet.write_bytes(poison)
+    for vectors in ("vectors.npy", "vectors.safetensors"):
+        (tmp_path / vectors).write_bytes(poison)
+        refused(load_vectors, tmp_path / vectors)
     refused(lambda p: data.read(p).save(tmp_path / "records"), parquet)
 
     store = tmp_path / "store"

@@ -22,12 +22,11 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
 
-from embkit.bench.corpus import folder
+from embkit.bench.corpus import embedded, folder
 from embkit.demo import make as demo
 
 DOCS = (
@@ -37,9 +36,7 @@ DOCS = (
 )  # fmt: skip
 TEXT_BYTES = 167_000_000
 CHUNK, MIN_CHARS = 1_000, 200
-PASSAGES = 64_000
 _TEXT = re.compile(r"\.(txt|rst|pod|dict\.dz|[1-8][a-z]*|el|md)(\.gz)?$")
-_SENTENCE = re.compile(r"(?<=[.!?;:])\s+")
 _TROFF = re.compile(r"\\f[BIRP]|\\&|\\-")
 
 
@@ -123,9 +120,7 @@ def make_vectors(path: Path, texts: Path, count: int) -> None:
     model.max_seq_length = 64
     with texts.open(encoding="utf-8") as lines:
         rows = [json.loads(line)["text"] for line in lines]
-    sentences = (s for t in rows for s in _SENTENCE.split(t) if 25 <= len(s) <= 400)
-    rows = list(islice(dict.fromkeys(chain(rows[:PASSAGES], sentences)), count))
-    vectors = model.encode(rows, batch_size=128, show_progress_bar=True)
+    vectors = model.encode(embedded(rows, count), batch_size=128, show_progress_bar=True)
     vectors = np.asarray(vectors, np.float32)
     np.save(path, vectors / np.linalg.norm(vectors, axis=1, keepdims=True))
     print(f"{path}: {vectors.shape}")

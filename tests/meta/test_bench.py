@@ -65,7 +65,7 @@ def test_a_rival_that_is_not_installed_is_named(
     import numpy as np
 
     monkeypatch.setenv("EMBKIT_RIVALS", str(tmp_path / "none"))
-    job = Job(np.zeros(3, np.uint16), np.array([0, 1, 3]), batch=1)
+    job = Job({"flat": np.zeros(3, np.uint16)}, {"batch": 1})
     running, skipped = job.start({"MDS": "mds"})
     job.close()
     assert running == {} and "make rivals" in skipped["MDS"] and not job.path.exists()

@@ -10,11 +10,17 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from functools import cache
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
 
+PASSAGES = 64_000  # texts that are embedded whole; vectors.npy goes on with sentences
+_SENTENCE = re.compile(r"(?<=[.!?;:])\s+")
 DEMO = Path(__file__).resolve().parents[1] / "demo" / "data"
 
 
@@ -67,6 +73,66 @@ def vectors(n: int, d: int, quick: bool) -> np.ndarray:
             raise NotBuilt(f"vectors.npy is {x.shape}, needed [{n}, {d}]")
         x = np.array(x[:n], np.float32)
     return np.ascontiguousarray(x / np.linalg.norm(x, axis=1, keepdims=True))
+
+
+def embedded(rows: Iterable[str], count: int) -> list[str]:
+    """The texts of vectors.npy, in its order: whole texts, then distinct sentences of all."""
+    rows = list(rows)
+    sentences = (s for t in rows for s in sentences_of(t))
+    return list(islice(dict.fromkeys(chain(rows[:PASSAGES], sentences)), count))
+
+
+def sentences_of(text: str) -> Iterator[str]:
+    """Sentences of 25 to 400 characters."""
+    return (s for s in _SENTENCE.split(text) if 25 <= len(s) <= 400)
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Queries with one positive passage each, and their unit vectors, float32 [*, d]."""
+
+    queries: list[str]
+    passages: list[str]
+    positive: np.ndarray  # int64 [queries], positions in passages
+    query_vectors: np.ndarray
+    passage_vectors: np.ndarray
+
+
+@cache
+def pairs(n: int, d: int, quick: bool) -> Pairs:
+    """n passages and about as many queries: a query is a sentence, its positive the text it is in.
+
+    When quick, demo pairs, and a query's vector lies near its passage's.
+
+    Raises:
+        NotBuilt: as :func:`vectors`.
+    """
+    if quick:
+        found = {row["positive"]: row["query"] for row in demo_rows("retrieval")}
+        found = dict(zip(found.values(), found, strict=True))  # distinct on both sides
+        asked, passages = list(found)[:n], list(found.values())[:n]
+        p = vectors(len(passages), d, True)
+        q = p + 0.03 * np.random.default_rng(1).standard_normal(p.shape).astype(np.float32)
+        q /= np.linalg.norm(q, axis=1, keepdims=True)
+        return Pairs(asked, passages, np.arange(len(p)), q, p)
+    x = np.load(_need("vectors.npy"), mmap_mode="r")
+    items = texts(False)
+    names = embedded(items, len(x))
+    place = {name: i for i, name in enumerate(names)}
+    wanted: dict[int, int] = {}  # row of a sentence: the first passage that has it
+    for i, text in enumerate(items[:n]):
+        for sentence in sentences_of(text):
+            at = place.get(sentence, -1)
+            if at >= PASSAGES:
+                wanted.setdefault(at, i)
+    rows = np.array(sorted(wanted), np.int64)
+    if len(rows) < n // 4 or len(x) < n:
+        raise NotBuilt(f"vectors.npy has {len(x)} rows: too few sentences of the first {n} texts")
+    rows = rows[np.unique(np.linspace(0, len(rows) - 1, min(n, len(rows))).astype(np.int64))]
+    unit = [np.array(part, np.float32) for part in (x[rows], x[:n])]
+    unit = [part / np.linalg.norm(part, axis=1, keepdims=True) for part in unit]
+    positive = np.array([wanted[r] for r in rows.tolist()])
+    return Pairs([names[r] for r in rows.tolist()], list(items[:n]), positive, *unit)
 
 
 def digest(data: np.ndarray) -> str:

@@ -1,8 +1,8 @@
 """Rivals whose packages do not go with ours: each runs in the environment of `make rivals`.
 
-A rival is a process that writes its shards once and then does one round of the work for each line
-that it is sent (benches/rivals/shards.py); it measures itself, so that its rounds take turns with
-ours like any other way's.
+A rival is a process that makes its shards or its index once and then does one round of the work for
+each line that it is sent (benches/rivals/shards.py, neighbours.py); it measures itself, so that its
+rounds take turns with ours like any other way's.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from embkit.bench import Reported, Sample
 from embkit.data.tables import Array
 from embkit.errors import EmbkitError
 
-SCRIPT = Path(__file__).resolve().parents[3] / "benches" / "rivals" / "shards.py"
+SCRIPTS = Path(__file__).resolve().parents[3] / "benches" / "rivals"
 
 
 class NotInstalled(ImportError):
@@ -35,7 +35,7 @@ def interpreter() -> Path:
     """
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     found = Path(os.environ.get("EMBKIT_RIVALS") or home / "embkit" / "rivals") / "bin" / "python"
-    if not SCRIPT.is_file():
+    if not SCRIPTS.is_dir():
         raise NotInstalled("the rivals need a checkout of embkit")
     if not found.is_file():
         raise NotInstalled("not installed: run `make rivals`")
@@ -43,25 +43,30 @@ def interpreter() -> Path:
 
 
 class Job:
-    """Token rows in a temporary folder for rivals to write their shards from.
+    """The work in a temporary folder, for rivals to make their shards or index from.
 
     Args:
-        flat: uint16 [tokens]. offsets: int64 [n + 1]. batch: rows of a batch.
+        arrays: name to array, written as ``name.npy``. about: numbers, written as ``job.json``.
+        script: the file under benches/rivals that does the work.
     """
 
-    def __init__(self, flat: Array, offsets: Array, *, batch: int) -> None:
+    def __init__(
+        self, arrays: dict[str, Array], about: dict[str, Any], *, script: str = "shards.py"
+    ) -> None:
         self.home = tempfile.TemporaryDirectory(prefix="embkit-rivals-")
         self.path = Path(self.home.name)
-        np.save(self.path / "flat.npy", flat)
-        np.save(self.path / "offsets.npy", offsets)
-        (self.path / "job.json").write_text(json.dumps({"batch": batch}))
+        for name, array in arrays.items():
+            np.save(self.path / f"{name}.npy", array)
+        (self.path / "job.json").write_text(json.dumps(about))
+        self.files = sorted(p.name for p in self.path.iterdir())
+        self.script = SCRIPTS / script
         self.rivals: list[Rival] = []
 
     def start(self, peers: dict[str, str]) -> tuple[dict[str, Rival], dict[str, str]]:
         """Start rivals; those that run by name, and why the others do not.
 
         Args:
-            peers: name in the row to name in shards.py.
+            peers: name in the row to name in the script.
         """
         running: dict[str, Rival] = {}
         skipped: dict[str, str] = {}
@@ -81,14 +86,18 @@ class Job:
 
 
 class Rival:
-    """A running rival."""
+    """A running rival.
+
+    Attributes:
+        ready: what it said when its shards or its index were there.
+    """
 
     def __init__(self, job: Job, peer: str) -> None:
         python = interpreter()
         self.peer = peer
         folder = job.path / peer
         folder.mkdir()
-        for name in ("flat.npy", "offsets.npy", "job.json"):
+        for name in job.files:
             (folder / name).symlink_to(job.path / name)
         self.log = (folder / "log").open("w+")
         source = str(Path(__file__).resolve().parents[2])
@@ -98,12 +107,13 @@ class Rival:
             "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
         }
         self.process = subprocess.Popen(
-            [str(python), str(SCRIPT), peer, str(folder)],
+            [str(python), str(job.script), peer, str(folder)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True,
             env={**os.environ, **quiet, "PYTHONPATH": source},
         )  # fmt: skip
+        self.folder = folder
         try:
-            self._answer()
+            self.ready = self._answer()
         except EmbkitError as error:
             raise NotInstalled(str(error)) from None
 

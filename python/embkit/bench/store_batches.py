@@ -37,7 +37,7 @@ Way = Callable[[Rows, Array], Iterator[tuple[Any, Any]]]
 def batches(quick: bool) -> Case:
     """Padded int64 ids and masks."""
     made = passages(quick, 4_000 if quick else 60_000)
-    job = Job(made.flat, made.offsets, batch=BATCH)
+    job = Job({"flat": made.flat, "offsets": made.offsets}, {"batch": BATCH})
     running, skipped = job.start(_PEERS)
     ways: dict[str, Way] = {
         "numpy collate, row by row": _by_row,

@@ -32,7 +32,7 @@ _PEERS = {
 def write(quick: bool) -> Case:
     """Ids in memory to shards on the disk."""
     made = passages(quick, 4_000 if quick else 60_000)
-    job = Job(made.flat, made.offsets, batch=1)
+    job = Job({"flat": made.flat, "offsets": made.offsets}, {"batch": 1})
     running, skipped = job.start(_PEERS)
     home = tempfile.TemporaryDirectory(prefix="embkit-bench-", dir=roomy())
     path = Path(home.name)

@@ -64,7 +64,7 @@ def resume(quick: bool) -> Case:
     cold = 1e3 * once().wall
     n = 4_000 if quick else 60_000
     made = passages(quick, n)
-    job = Job(made.flat, made.offsets, batch=32)
+    job = Job({"flat": made.flat, "offsets": made.offsets}, {"batch": 32})
     peers = {"MDS": "mds", "litdata": "litdata", "HF datasets": "datasets"}
     running, skipped = job.start(peers)
     said: dict[str, Any] = {}

@@ -389,12 +389,13 @@ def bench(
         Path | None, typer.Option("--json", help="Write the rows to this file too.")
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Small sizes, few rounds.")] = False,
+    only: Annotated[str, typer.Option("--only", help="Cases with this in their name.")] = "",
 ) -> None:
     """Measure beside rivals, results asserted equal first."""
     from embkit import bench as harness
 
     rows: list[Any] = []
-    for row in harness.run_group(group, quick=quick):
+    for row in harness.run_group(group, quick=quick, only=only):
         if isinstance(row, str):
             print(row, flush=True)
         else:

@@ -69,3 +69,8 @@ def test_a_rival_that_is_not_installed_is_named(
     running, skipped = job.start({"MDS": "mds"})
     job.close()
     assert running == {} and "make rivals" in skipped["MDS"] and not job.path.exists()
+
+
+def test_cases_are_chosen_by_name() -> None:
+    with pytest.raises(EmbkitError, match=r"(?s)'exakt'.*exact_64k, exact_100k"):
+        next(bench.run_group("mine", only="exakt"))

@@ -33,7 +33,7 @@ FROZEN = {
     "export": {"model", "--out"},
     "inspect": {"path"},
     "verify": {"path"},
-    "bench": {"group", "--json", "--quick"},
+    "bench": {"group", "--json", "--quick", "--only"},
 }
 
 

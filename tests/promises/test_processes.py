@@ -189,3 +189,25 @@ def test_no_leaks(one_shard: Path) -> None:
         assert store.text(3)
 
     assert_nothing_stays(once, 1000)
+
+
+def test_no_leaks_of_searches_and_vectors(tmp_path: Path) -> None:
+    """P16: mapped embeddings of both kinds are opened, searched and dropped: nothing stays."""
+    from embkit import container
+    from embkit.data.vectors import load_vectors, vectors_origin
+    from embkit.search import search
+
+    x = np.random.default_rng(0).standard_normal((600, 48)).astype(np.float32)
+    np.save(tmp_path / "v.npy", x)
+    for i in range(2):
+        path = tmp_path / "blocks" / f"v-{i:05d}-of-00002.safetensors"
+        path.parent.mkdir(exist_ok=True)
+        container.save(path, {"embedding": x[i * 300 : i * 300 + 300]}, kind="embkit.embeddings")
+
+    def once() -> None:
+        (whole,) = load_vectors(tmp_path / "v.npy")
+        parts = load_vectors(tmp_path / "blocks")
+        vectors_origin(tmp_path / "blocks")
+        assert search(parts[0][:20], whole, 10, threads=2).row.shape == (20, 10)
+
+    assert_nothing_stays(once, 300)

@@ -194,12 +194,20 @@ def run_case(case: Case, *, rounds: int = 5, threads: int = 1) -> list[Row]:
     return rows
 
 
-def run_group(group: str, *, quick: bool = False) -> Iterator[Row | str]:
-    """Yield the rows of a group as they are measured, and a line for each that cannot run."""
+def run_group(group: str, *, quick: bool = False, only: str = "") -> Iterator[Row | str]:
+    """Yield the rows of a group as they are measured, and a line for each that cannot run.
+
+    Args:
+        only: run the cases whose function has this in its name, e.g. ``"exact"``.
+    """
     if group not in GROUPS:
         raise UsageError(f"No bench group {group!r}; {nearest(group, GROUPS)}")
     module = importlib.import_module(f"embkit.bench.{group}")
-    for make in module.CASES:
+    makers = [make for make in module.CASES if only in make.__name__]
+    if not makers:
+        names = ", ".join(make.__name__ for make in module.CASES)
+        raise UsageError(f"No case of group {group!r} has {only!r} in its name.", fix=names)
+    for make in makers:
         try:
             case = make(quick)
         except ImportError as error:

@@ -477,8 +477,19 @@ class Loader:
     def tasks(self) -> list[tuple[int, int, str]]:
         """Per task: usable examples, unusable ones, and why those are."""
 
-    def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
-        """The batch of ``rank`` among ``world``; a pure function of its arguments."""
+    def examples(self, step: int) -> tuple[int, _U64]:
+        """``(task, examples u64 [B])`` of a step, in the order of the global batch."""
+
+    def listed(self, task: int, examples: _U64) -> _U32:
+        """Hard negatives that the table lists for each of some examples of a task."""
+
+    def batch(self, step: int, rank: int = 0, world: int = 1, starts: _U64 | None = None) -> Batch:
+        """The batch of ``rank`` among ``world``; a pure function of its arguments.
+
+        Args:
+            starts: u64 [B], for each example of the global batch where its hard negatives begin in
+                its list, whatever ``hard_rule``; a list that ends sooner gives its last ones.
+        """
 
 @final
 class Batch:

@@ -187,6 +187,59 @@ class Model:
         )
 
 
+_CONAN = {
+    "conan-v1": {"every": 100, "ratio": 1.15, "ceiling": 0.8, "floor": -1.0},
+    "conan-v2": {"every": 1, "ratio": 1.2, "ceiling": 0.7, "floor": 0.4},
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dynamic:
+    """Hard negatives that are replaced when they are no longer hard (docs/training.md).
+
+    Each example trains on a slice of its mined list, ``hard_negatives`` long. With S the mean
+    cosine of the slice with the query, now and when it was first seen, a check moves the example
+    to the next slice where ``ratio * S_now < S_first`` and ``|S_now| < ceiling`` (v2: ``S_now <
+    ceiling``), or where ``S_first < floor``.
+
+    Attributes:
+        rule: off, conan-v1 or conan-v2.
+        first: place in the list where the first slice begins; 0 when mining has already skipped
+            the nearest.
+        every: steps between checks. ratio, ceiling, floor: of the rule. None takes the paper's:
+            100, 1.15, 0.8 and -1 (never) for v1; 1, 1.2, 0.7 and 0.4 for v2.
+        lag: steps from a check to the first batch that has the new slice; batches are assembled
+            ahead, by at most ``lag - 2`` threads.
+    """
+
+    rule: str = "off"
+    first: int = 10
+    every: int | None = None
+    ratio: float | None = None
+    ceiling: float | None = None
+    floor: float | None = None
+    lag: int = 8
+
+    def __post_init__(self) -> None:
+        _one_of("dynamic.rule", self.rule, ("off", *_CONAN))
+        _require(
+            self.first >= 0 and self.lag >= 3 and (self.every is None or self.every >= 1),
+            f"dynamic.first = {self.first}, lag = {self.lag}, every = {self.every}: one is out of "
+            "range.",
+            "first is at least 0, lag at least 3, every at least 1",
+        )
+
+    @property
+    def on(self) -> bool:
+        """Whether negatives are replaced at all."""
+        return self.rule != "off"
+
+    def resolved(self) -> Dynamic:
+        """With the paper's numbers where none are given."""
+        given = {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
+        return Dynamic(**{**_CONAN.get(self.rule, {}), **given})
+
+
 @dataclass(frozen=True, kw_only=True)
 class Train:
     """One training stage.
@@ -206,6 +259,11 @@ class Train:
         no_duplicates: keep examples that share a near-duplicate cluster in different batches.
         hard_negatives: negatives per query of a retrieval batch. hard_rule: "sample" of those
             mined, anew each epoch, or "top", the first of them.
+        dynamic: when they are replaced during training; its slices then take the place of
+            hard_rule.
+        refresh_every: steps between refreshes, which mine again with the weights of that step in a
+            process beside the training; 0 is never. refresh_lag: steps until the new negatives
+            take the place of the old.
         cosent_scale: lambda of CoSENT (1 / its temperature).
         token_budget: tokens of a micro-batch, padding included.
         checkpoint_every: steps between checkpoints. keep_checkpoints: how many stay.
@@ -232,6 +290,9 @@ class Train:
     no_duplicates: bool = False
     hard_negatives: int = 0
     hard_rule: str = "sample"
+    dynamic: Dynamic = field(default_factory=Dynamic)
+    refresh_every: int = 0
+    refresh_lag: int = 100
     cosent_scale: float = 20.0
     token_budget: int = 16384
     checkpoint_every: int = 100
@@ -255,6 +316,17 @@ class Train:
         ):
             value = getattr(self, name)
             _require(value > 0, f"{name} = {value} is not positive.", "give a whole number from 1")
+        _require(
+            self.refresh_every == 0 or 3 <= self.refresh_lag <= self.refresh_every,
+            f"refresh_every = {self.refresh_every}, refresh_lag = {self.refresh_lag}: one is out "
+            "of range.",
+            "refresh_every is 0 (never) or at least refresh_lag, refresh_lag at least 3",
+        )
+        _require(
+            not self.dynamic.on or self.hard_negatives > 0,
+            "dynamic replaces hard negatives, and hard_negatives is 0.",
+            "set hard_negatives, e.g. 2",
+        )
         for name in ("temperature", "lr", "mixture_temperature"):
             value = getattr(self, name)
             _require(value > 0, f"{name} = {value} is not positive.", "give a number above 0")

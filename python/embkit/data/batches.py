@@ -64,6 +64,8 @@ class Batch:
         tokens: real tokens. padded: tokens in the buffer.
         buffer: u8 [bytes], everything; one copy moves the step to a device.
         fields: name to (dtype, shape, first byte), see :meth:`view`.
+        starts: u64 [B], where in their lists the hard negatives of the global batch begin; None
+            when ``hard_rule`` chooses them.
         busy: set by a reader that is not done with the buffer when it takes the next batch, such
             as a torch.cuda.Event after an asynchronous copy; ``busy.synchronize()`` is awaited.
     """
@@ -82,6 +84,7 @@ class Batch:
     padded: int
     buffer: Array
     fields: dict[str, tuple[str, tuple[int, ...], int]]
+    starts: Array | None = None
     busy: Any = None
     _arrays: dict[str, Array] = field(default_factory=dict)
     _give_back: Callable[[Batch], None] | None = None
@@ -196,24 +199,20 @@ class Batches:
         sizes = self.store.task_sizes
         chosen = weights_for(sizes, weights or {}, temperature=temperature, cap=cap)
         self.names = [name for name in sizes if chosen[name] > 0]
-        mined, folder = mined_files(negatives, self.store), self.store.path
-        self.loader = _rust.Loader(
-            self.store.rows_store,
-            [
-                (n, self.store.task(n)["kind"], folder / Examples.file(n), mined.get(n), chosen[n])
-                for n in self.names
-            ],
-            seed=seed,
-            batch_size=batch_size,
-            token_budget=token_budget,
-            hard=hard_negatives,
-            hard_rule=hard_rule,
-            padded=layout == "padded",
-            pad_id=pad_id,
-            no_duplicates=no_duplicates,
-            exhausted=exhausted,
-            epochs=epochs,
-        )
+        self.weights = {n: chosen[n] for n in self.names}
+        self._settings: dict[str, Any] = {
+            "seed": seed,
+            "batch_size": batch_size,
+            "token_budget": token_budget,
+            "hard": hard_negatives,
+            "hard_rule": hard_rule,
+            "padded": layout == "padded",
+            "pad_id": pad_id,
+            "no_duplicates": no_duplicates,
+            "exhausted": exhausted,
+            "epochs": epochs,
+        }
+        self.loader = self._open(negatives)
         self.plan = self.loader.plan
 
     @property
@@ -227,11 +226,31 @@ class Batches:
         tasks = zip(self.names, self.loader.tasks, strict=True)
         return {n: {reason: count} for n, (_, count, reason) in tasks if count}
 
-    def batch(self, step: int) -> Batch:
-        """The batch of a step, counted from 0, in a buffer of its own."""
-        return self._fill(step, self.allocate(0))
+    def use(self, negatives: Path | str | None) -> None:
+        """Take the hard negatives of another directory from now on; the plan stays.
 
-    def stream(self, start: int, stop: int, *, threads: int = 1) -> Iterator[Batch]:
+        Raises:
+            UsageError, CorruptError: as when the batches were opened.
+        """
+        self.loader = self._open(negatives)
+
+    def batch(self, step: int, *, starts: Array | None = None) -> Batch:
+        """The batch of a step, counted from 0, in a buffer of its own.
+
+        Args:
+            starts: u64 [B], for each example of the global batch where its hard negatives begin in
+                its list, in place of ``hard_rule``; a list that ends sooner gives its last ones.
+        """
+        return self._fill(self.loader, step, self.allocate(0), starts)
+
+    def stream(
+        self,
+        start: int,
+        stop: int,
+        *,
+        threads: int = 1,
+        before: Callable[[int], Array | None] | None = None,
+    ) -> Iterator[Batch]:
         """The batches of steps ``start`` to ``stop`` in order, assembled ahead.
 
         A batch is valid until the next one is taken. Closing the iterator stops the threads.
@@ -239,6 +258,10 @@ class Batches:
         Args:
             start, stop: steps, counted from 0.
             threads: at least 1; at most ``threads + 1`` batches wait.
+            before: called with each step in order, in the caller's thread, when its batch is about
+                to be assembled: after batch ``step - threads - 2`` was used, and no later than
+                batch ``step`` is taken. It gives the ``starts`` of that step, and may call
+                :meth:`use`.
         """
         free: deque[Array] = deque(self.allocate(0) for _ in range(threads + 2))
         waiting: deque[Future[Batch]] = deque()
@@ -247,7 +270,8 @@ class Batches:
 
         def submit() -> None:
             for step in steps:
-                waiting.append(pool.submit(self._fill, step, free.popleft()))
+                starts = before(step) if before is not None else None
+                waiting.append(pool.submit(self._fill, self.loader, step, free.popleft(), starts))
                 break
 
         try:
@@ -264,8 +288,16 @@ class Batches:
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
-    def _fill(self, step: int, buffer: Array) -> Batch:
-        made = self.loader.batch(step, self.rank, self.world_size)
+    def _open(self, negatives: Path | str | None) -> _rust.Loader:
+        mined, folder = mined_files(negatives, self.store), self.store.path
+        tasks = [
+            (n, self.store.task(n)["kind"], folder / Examples.file(n), mined.get(n), weight)
+            for n, weight in self.weights.items()
+        ]
+        return _rust.Loader(self.store.rows_store, tasks, **self._settings)
+
+    def _fill(self, loader: _rust.Loader, step: int, buffer: Array, starts: Array | None) -> Batch:
+        made = loader.batch(step, self.rank, self.world_size, starts)
         layout, size = made.layout(self.wide)
         if buffer.nbytes < size:
             buffer = self.allocate(int(size * _GROWTH))
@@ -297,6 +329,7 @@ class Batches:
             padded=layout["tokens"][1],
             buffer=buffer,
             fields=fields,
+            starts=starts,
         )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -68,10 +68,16 @@ class Batch:
 
 
 def stream(
-    batches: Batches, start: int, stop: int, *, threads: int, device: torch.device
+    batches: Batches,
+    start: int,
+    stop: int,
+    *,
+    threads: int,
+    device: torch.device,
+    before: Callable[[int], Any] | None = None,
 ) -> Iterator[Batch]:
     """The batches of steps ``start`` to ``stop`` in order, assembled ahead by threads."""
-    ahead = batches.stream(start, stop, threads=threads)
+    ahead = batches.stream(start, stop, threads=threads, before=before)
     try:
         for filled in ahead:
             yield Batch.of(filled, device)

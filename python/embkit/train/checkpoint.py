@@ -145,6 +145,11 @@ def load(path: Path) -> Checkpoint:
     )
 
 
+def oldest(folder: Path) -> int:
+    """Steps of the oldest checkpoint of a run, 0 without any."""
+    return min((int(p.name[5:]) for p in folder.glob("step-*") if p.is_dir()), default=0)
+
+
 def read_state(path: Path) -> dict[str, Any]:
     """state.json of a checkpoint, verified by its own CRC-32C."""
     file = path / "state.json"

@@ -14,6 +14,8 @@ from embkit.train.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
     from embkit.model import Encoder
+    from embkit.recipe import Train
+    from embkit.train.refresh import Miner
 
 
 def before_training(encoder: Encoder, store: Any) -> None:
@@ -69,6 +71,20 @@ def negatives_dir(negatives: Any) -> Path | None:
             fix="give the directory that embkit mine wrote",
         )
     return Path(negatives)
+
+
+def miner_for(config: Train, refresh: Miner | None) -> Miner | None:
+    """The miner of a run whose settings ask for refreshes; None for others.
+
+    Raises:
+        UsageError: they ask for it, and there is none.
+    """
+    if config.refresh_every and refresh is None:
+        raise UsageError(
+            f"refresh_every = {config.refresh_every}, and nothing that mines.",
+            fix="give refresh=embkit.train.Miner(...), or set refresh_every = 0",
+        )
+    return refresh if config.refresh_every else None
 
 
 def checkpoint_fits(

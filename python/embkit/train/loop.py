@@ -11,10 +11,10 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,42 +29,20 @@ from embkit.recipe import Train
 from embkit.stage import digest_of, stage
 from embkit.train import checkpoint, checks
 from embkit.train.batches import Batch, allocator, stream
+from embkit.train.dynamic import split
 from embkit.train.log import Log, save_failed_batch
+from embkit.train.negatives import Negatives
 from embkit.train.optim import Optimizer, learning_rate
+from embkit.train.profile import Clock, Profile
+from embkit.train.refresh import Miner
 from embkit.train.signals import StopFlag
 
 if TYPE_CHECKING:
     from embkit.model import Encoder
 
 # Settings that change what is seen or how fast, not one bit of the model.
+REFRESH = "refresh"  # folder of a run that is gone when it is published
 _FREE = ("data_threads", "log_every", "checkpoint_every", "keep_checkpoints")
-
-
-@dataclass
-class Profile:
-    """Seconds of a run by what they were spent on, and the tokens they were spent on."""
-
-    wait: float = 0.0
-    forward: float = 0.0
-    loss: float = 0.0
-    backward: float = 0.0
-    optimizer: float = 0.0
-    checkpoint: float = 0.0
-    other: float = 0.0
-    tokens: int = 0
-    padded: int = 0
-    steps: int = 0
-
-    @property
-    def total(self) -> float:
-        """Seconds of all steps, checkpoints left out."""
-        model = self.forward + self.loss + self.backward + self.optimizer
-        return model + self.wait + self.other
-
-    @property
-    def overhead(self) -> float:
-        """Share of a step outside forward, loss, backward and optimizer."""
-        return (self.wait + self.other) / max(self.total, 1e-12)
 
 
 def prefinetune(
@@ -103,6 +81,7 @@ def finetune(
     store: Any,
     *,
     negatives: Any = None,
+    refresh: Miner | None = None,
     out: Path | str,
     config: Train | None = None,
     fresh: bool = False,
@@ -113,6 +92,7 @@ def finetune(
     Args:
         negatives: what :func:`embkit.mine.mine` returned, or its directory; None uses the
             negatives in the examples, if any.
+        refresh: how negatives are mined again every ``refresh_every`` steps.
         encoder, store, out, config, fresh, **overrides: as for :func:`prefinetune`; give each run
             of a soup its own ``out`` and ``seed``.
 
@@ -124,8 +104,9 @@ def finetune(
     """
     chosen = _config(config, overrides)
     return train(
-        encoder, store, name="finetune", out=out, config=chosen, negatives=negatives, fresh=fresh
-    )[0]
+        encoder, store, name="finetune", out=out, config=chosen, negatives=negatives,
+        refresh=refresh, fresh=fresh,
+    )[0]  # fmt: skip
 
 
 def train(
@@ -136,6 +117,7 @@ def train(
     out: Path | str,
     config: Train,
     negatives: Any = None,
+    refresh: Miner | None = None,
     fresh: bool = False,
 ) -> tuple[Encoder, Profile]:
     """What both stages are: a resumable run published as one directory.
@@ -152,7 +134,10 @@ def train(
 
     store = as_store(store)
     mined = checks.negatives_dir(negatives)
+    miner = checks.miner_for(config, refresh)
     params = {**_decisive(config), "init": encoder.digest()}
+    if miner is not None:
+        params["miner"] = dict(miner.params)
     inputs = [store.path, *([mined] if mined else [])]
     with stage(
         out, name=name, params=params, inputs=inputs, kind="embkit.run", fresh=fresh
@@ -160,10 +145,11 @@ def train(
         if work.done:
             return Encoder.from_pretrained(work.out / "model"), Profile()
         checks.before_training(encoder, store)
-        run = _Run(copy.deepcopy(encoder), store, mined, config, work.dir, work.digest)
+        run = _Run(copy.deepcopy(encoder), store, mined, miner, config, work.dir, work.digest)
         run.adopt_sides()
         with deterministic(), bar(name.capitalize(), total=config.steps, unit="steps") as progress:
             run.all(progress)
+        shutil.rmtree(work.dir / REFRESH, ignore_errors=True)
         export(run.encoder, work.dir / "model", name=Path(out).name)
         work.publish(
             {
@@ -188,6 +174,7 @@ class _Run:
         encoder: Encoder,
         store: Any,
         negatives: Path | None,
+        miner: Miner | None,
         config: Train,
         folder: Path,
         digest: str,
@@ -225,6 +212,8 @@ class _Run:
         self.profile = Profile()
         self.log = Log(folder / "log.jsonl")
         self.threads = torch.get_num_threads()
+        self.given, self.miner = negatives, miner
+        self.done = 0
 
     def adopt_sides(self) -> None:
         """The encoder serves with the prompts and lengths that the store was made with."""
@@ -238,10 +227,12 @@ class _Run:
             torch.manual_seed(self.config.seed)
             start = self._resume()
             progress.update(start)
-            steps = self.config.steps
+            steps, negatives = self.config.steps, self.negatives
+            negatives.idle = lambda: self._preempt() if stop.requested else None
             ahead = stream(
-                self.batches, start, steps, threads=self.config.data_threads,
-                device=self.encoder.device,
+                self.batches, start, steps, device=self.encoder.device,
+                threads=negatives.threads(self.config.data_threads),
+                before=negatives.before if negatives.on else None,
             )  # fmt: skip
             mark = time.perf_counter()
             try:
@@ -249,26 +240,32 @@ class _Run:
                     began = time.perf_counter()
                     self.profile.wait += began - mark
                     shown = self._step(batch)
-                    done = batch.filled.step + 1
-                    stopping = stop.requested and done < steps
-                    if done % self.config.checkpoint_every == 0 or done == steps or stopping:
+                    done = self.done = batch.filled.step + 1
+                    negatives.updated(done, self.encoder)
+                    if stop.requested and done < steps:
+                        self._preempt()
+                    if done % self.config.checkpoint_every == 0 or done == steps:
                         self._save(done)
-                    if stopping:
-                        raise Preempted(
-                            f"SIGTERM: stopped after step {done} of {steps} with a checkpoint.",
-                            where=self.folder,
-                            fix="run the same command again to go on",
-                        )
                     if done % self.config.log_every == 0 or done == steps:
                         progress.update(done, loss=shown, task=batch.filled.task)
                     mark = time.perf_counter()
             finally:
                 ahead.close()  # type: ignore[attr-defined]
+                negatives.close()
                 self.log.close()
+
+    def _preempt(self) -> None:
+        """Stop between two steps; the same call goes on from here."""
+        self._save(self.done)
+        raise Preempted(
+            f"SIGTERM: stopped after step {self.done} of {self.config.steps} with a checkpoint.",
+            where=self.folder,
+            fix="run the same command again to go on",
+        )
 
     def _step(self, batch: Batch) -> float:
         """Forward, loss, backward, update, log line; returns the loss."""
-        clock = _Clock(self.profile)
+        clock = Clock(self.profile)
         step = batch.filled.step
         parts = [self.encoder(m.ids, m.mask, m.prompt_len) for m in batch.micro]
         e_RD = torch.cat(parts) if len(parts) > 1 else parts[0]
@@ -288,14 +285,24 @@ class _Run:
         if not math.isfinite(norm):
             self._fail(batch, f"The gradient norm of step {step + 1} is {norm}.")
         clock.lap("optimizer")
-        self._write(batch, loss, out, rate, norm)
+        more = self.negatives.after(batch, e_RD)
+        clock.lap("negatives")
+        self._write(batch, loss, out, rate, norm, more)
         self.profile.steps += 1
         self.profile.tokens += batch.filled.tokens
         self.profile.padded += batch.filled.padded
         clock.lap("other")
         return loss
 
-    def _write(self, batch: Batch, loss: float, out: Outcome, rate: float, norm: float) -> None:
+    def _write(
+        self,
+        batch: Batch,
+        loss: float,
+        out: Outcome,
+        rate: float,
+        norm: float,
+        more: Mapping[str, Any],
+    ) -> None:
         """One line a step, without times: the log of two equal runs is equal byte for byte."""
         per_dim, filled = out.per_dim.detach().tolist(), batch.filled
         self.log.write(
@@ -311,6 +318,7 @@ class _Run:
                 "tokens": filled.tokens,
                 "padded": filled.padded,
                 "rows": len(filled.rows),
+                **more,
             }
         )
 
@@ -322,6 +330,7 @@ class _Run:
         self.log.sync()
         optimizer, count = self.optimizer.tensors()
         optimizer["rng.torch"] = torch.get_rng_state()
+        optimizer.update(self.negatives.tensors(done))
         checkpoint.save(
             self.folder / "checkpoints",
             step=done,
@@ -339,9 +348,11 @@ class _Run:
                 "torch_threads": self.threads,
                 "torch": torch.__version__.partition("+")[0],
                 "world": 1,
+                **self.negatives.state(done),
             },
             keep=self.config.keep_checkpoints,
         )
+        self.negatives.prune(checkpoint.oldest(self.folder / "checkpoints"))
         self.profile.checkpoint += time.perf_counter() - began
 
     def _resume(self) -> int:
@@ -349,6 +360,7 @@ class _Run:
         _rust.sweep_tmp(str(self.folder))  # what a killed process was writing
         found = checkpoint.load_latest(self.folder / "checkpoints")
         if found is None:
+            self._open_negatives()
             self.log.start(0)
             return 0
         checkpoint.prune(found.path.parent, found.path, self.config.keep_checkpoints)
@@ -361,11 +373,21 @@ class _Run:
         )
         self.encoder.load_state_dict(found.model)
         torch.set_rng_state(found.optimizer.pop("rng.torch"))
+        slices = split(found.optimizer)
         self.optimizer.restore(found.optimizer, int(state["optimizer_steps"]))
         self.threads = int(state["torch_threads"])
         torch.set_num_threads(self.threads)
-        self.log.start(int(state["step"]))
-        return int(state["step"])
+        self.done = int(state["step"])
+        self._open_negatives().restore(slices, state, self.done)
+        self.log.start(self.done)
+        return self.done
+
+    def _open_negatives(self) -> Negatives:
+        self.negatives = Negatives(
+            self.config, self.batches, given=self.given, miner=self.miner,
+            folder=self.folder / REFRESH, threads=self.threads, profile=self.profile,
+        )  # fmt: skip
+        return self.negatives
 
     def _fail(self, batch: Batch, what: str) -> None:
         path = save_failed_batch(self.folder, batch)
@@ -375,18 +397,6 @@ class _Run:
             fix="look at that batch; a lower lr, a longer warm-up or a higher temperature helps "
             "when the data is sound",
         )
-
-
-class _Clock:
-    """Adds the time between laps to the fields of a profile."""
-
-    def __init__(self, profile: Profile) -> None:
-        self.profile, self.last = profile, time.perf_counter()
-
-    def lap(self, name: str) -> None:
-        now = time.perf_counter()
-        setattr(self.profile, name, getattr(self.profile, name) + now - self.last)
-        self.last = now
 
 
 @contextmanager
@@ -431,4 +441,9 @@ def _decisive(config: Train) -> dict[str, Any]:
     """The settings that decide the model, as JSON types."""
     plain = dataclasses.asdict(dataclasses.replace(config, tasks=dict(config.tasks)))
     plain["betas"] = list(config.betas)
-    return {key: value for key, value in plain.items() if key not in _FREE}
+    off = () if config.refresh_every else ("refresh_every", "refresh_lag")
+    if config.dynamic.on:
+        plain["dynamic"] = dataclasses.asdict(config.dynamic.resolved())
+    else:
+        off = (*off, "dynamic")
+    return {key: value for key, value in plain.items() if key not in (*_FREE, *off)}

@@ -92,6 +92,9 @@ impl Plan {
     }
 }
 
+/// Number of the task and its examples.
+type Examples<'py> = (usize, Bound<'py, PyArray1<u64>>);
+
 /// Makes the batches of a run; may be used from several threads at once.
 #[pyclass(frozen)]
 pub(crate) struct Loader {
@@ -180,11 +183,36 @@ impl Loader {
             .collect()
     }
 
+    /// `(task, examples)` of a step, u64 [B], in the order of the global batch.
+    fn examples<'py>(&self, py: Python<'py>, step: u64) -> PyResult<Examples<'py>> {
+        let (part, examples) = short(py, || self.inner.examples_of(step))?;
+        Ok((part.task, array(py, examples)))
+    }
+
+    /// Hard negatives that the table lists for each of some examples of a task, u32.
+    fn listed<'py>(
+        &self,
+        py: Python<'py>,
+        task: usize,
+        examples: PyReadonlyArray1<'py, u64>,
+    ) -> PyResult<Bound<'py, PyArray1<u32>>> {
+        let examples = slice(py, &examples, "examples")?;
+        Ok(array(py, short(py, || self.inner.listed(task, examples))?))
+    }
+
     /// The batch of `rank` among `world` at a step: rows, keys and cuts; tokens come by `fill`.
-    #[pyo3(signature = (step, rank=0, world=1))]
-    fn batch(&self, py: Python, step: u64, rank: usize, world: usize) -> PyResult<Batch> {
+    #[pyo3(signature = (step, rank=0, world=1, starts=None))]
+    fn batch(
+        &self,
+        py: Python,
+        step: u64,
+        rank: usize,
+        world: usize,
+        starts: Option<PyReadonlyArray1<u64>>,
+    ) -> PyResult<Batch> {
+        let starts = starts.as_ref().map(|s| slice(py, s, "starts")).transpose()?;
         short(py, || {
-            let inner = self.inner.batch(step, rank, world)?;
+            let inner = self.inner.batch(step, rank, world, starts)?;
             Ok(Batch {
                 inner,
                 loader: self.inner.clone(),

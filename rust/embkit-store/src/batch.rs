@@ -8,6 +8,7 @@
 pub mod cuts;
 mod distinct;
 mod fill;
+mod rows;
 mod table;
 
 use std::path::Path;
@@ -22,6 +23,7 @@ use crate::records::Kind;
 use distinct::Keys;
 pub use distinct::{SUPERBLOCK, arrange};
 pub use fill::{Field, FieldType, Form};
+use rows::{Arranged, select};
 use table::Table;
 pub use table::{EXAMPLES_FORMAT, NEGATIVES_FORMAT, TaskFiles};
 
@@ -140,15 +142,6 @@ struct Sides {
     width: usize,
 }
 
-/// Rows of some examples and how they are cut.
-struct Arranged {
-    rows: Vec<u64>,
-    spans: Vec<Span>,
-    /// For each named row (queries, positives, hard negatives) its index into `rows`.
-    index: Vec<i64>,
-    micro: Vec<Micro>,
-}
-
 impl Loader {
     /// Opens the tables of the tasks (those of weight 0 are left out by the caller) over a store.
     ///
@@ -193,11 +186,43 @@ impl Loader {
         self.store.dir()
     }
 
+    /// The examples of a step in the order of the global batch.
+    ///
+    /// Errors: `Usage` for a step beyond the plan; `Corrupt`, naming the example.
+    pub fn examples_of(&self, step: u64) -> Result<(Part, Vec<u64>)> {
+        let part = self.plan.part(step)?;
+        Ok((part, self.examples(self.table(part.task)?, &part)?))
+    }
+
+    /// Hard negatives that the table lists for each of some examples of a task.
+    ///
+    /// Errors: `Usage` for a task that is not there; `Corrupt`, naming the example.
+    pub fn listed(&self, task: usize, examples: &[u64]) -> Result<Vec<u32>> {
+        let table = self.table(task)?;
+        let count = |e: &u64| Ok(table.hard(table.line(*e))?.len().min(u32::MAX as usize) as u32);
+        examples.iter().map(count).collect()
+    }
+
+    fn table(&self, task: usize) -> Result<&Table> {
+        let none = || Error::usage(format!("no task {task}"), "Open the run again");
+        self.tables.get(task).ok_or_else(none)
+    }
+
     /// The batch of `rank` among `world` at a step, counted from 0.
     ///
-    /// Errors: `Usage` for a step beyond the plan or a rank beyond the world; `Corrupt`, naming
-    /// the example.
-    pub fn batch(&self, step: u64, rank: usize, world: usize) -> Result<Batch> {
+    /// With `starts`, one number per example of the global batch, the hard negatives of an example
+    /// are those of its list from there on, whatever the rule; a list that ends sooner gives its
+    /// last ones.
+    ///
+    /// Errors: `Usage` for a step beyond the plan, a rank beyond the world, or another number of
+    /// starts; `Corrupt`, naming the example.
+    pub fn batch(
+        &self,
+        step: u64,
+        rank: usize,
+        world: usize,
+        starts: Option<&[u64]>,
+    ) -> Result<Batch> {
         if rank >= world || world as u64 > self.settings.batch_size {
             return Err(Error::usage(
                 format!("rank {rank} of {world} for a batch of {}", self.settings.batch_size),
@@ -205,9 +230,8 @@ impl Loader {
             ));
         }
         let part = self.plan.part(step)?;
-        let none = || Error::usage(format!("no task {}", part.task), "Open the run again");
-        let table = self.tables.get(part.task).ok_or_else(none)?;
-        let sides = self.sides(table, &part)?;
+        let table = self.table(part.task)?;
+        let sides = self.sides(table, &part, starts)?;
         let (query_key, positive_key, hard_key) = self.keys(table, &sides)?;
 
         let all: Vec<u32> = (0..sides.examples.len() as u32).collect();
@@ -308,8 +332,16 @@ impl Loader {
     }
 
     /// Rows of the global batch: queries, drawn positives, chosen hard negatives.
-    fn sides(&self, table: &Table, part: &Part) -> Result<Sides> {
+    fn sides(&self, table: &Table, part: &Part, starts: Option<&[u64]>) -> Result<Sides> {
         let examples = self.examples(table, part)?;
+        if let Some(starts) = starts
+            && starts.len() != examples.len()
+        {
+            return Err(Error::usage(
+                format!("{} starts for a batch of {}", starts.len(), examples.len()),
+                "Give one per example of the global batch",
+            ));
+        }
         let lines: Vec<u64> = examples.iter().map(|e| table.line(*e)).collect();
         table.prefetch(&lines);
         let key = self.plan.key("positive", part.task, part.epoch);
@@ -325,15 +357,23 @@ impl Loader {
         if width > 0 {
             let key = self.plan.key("hard", part.task, part.epoch);
             let (mut work, mut chosen) = (Vec::new(), Vec::new());
+            let mut starts = starts.map(|s| s.iter());
             for ((example, line), positive) in examples.iter().zip(&lines).zip(&positive) {
                 let list = table.hard(*line)?;
-                match self.settings.hard_rule {
-                    HardRule::Sample => {
+                let asked = starts.as_mut().map(|s| s.next().copied().unwrap_or(0));
+                let mut run = |start: u64| {
+                    let last = list.len().saturating_sub(width);
+                    let start = usize::try_from(start).unwrap_or(last).min(last);
+                    chosen.clear();
+                    chosen.extend(
+                        (start..list.len().min(start.saturating_add(width))).map(|i| i as u32),
+                    );
+                };
+                match (asked, self.settings.hard_rule) {
+                    (Some(start), _) => run(start),
+                    (None, HardRule::Top) => run(0),
+                    (None, HardRule::Sample) => {
                         sample(key, *example, list.len(), width, &mut work, &mut chosen)
-                    }
-                    HardRule::Top => {
-                        chosen.clear();
-                        chosen.extend(0..list.len().min(width) as u32);
                     }
                 }
                 for slot in 0..width {
@@ -375,111 +415,6 @@ impl Loader {
             }
         }
     }
-
-    /// This rank's examples and rows, and the most micro-batches of any rank.
-    fn share(
-        &self,
-        sides: &Sides,
-        rank: usize,
-        world: usize,
-    ) -> Result<(Vec<u32>, Arranged, usize)> {
-        let h = sides.width;
-        let mut tokens = Vec::with_capacity(sides.examples.len());
-        for (i, (query, positive)) in sides.query.iter().zip(&sides.positive).enumerate() {
-            let hard = sides.hard.get(i * h..(i + 1) * h).unwrap_or_default();
-            let mut sum = 0;
-            for row in [query, positive].into_iter().chain(hard) {
-                sum += self.store.span(*row)?.len() as u32;
-            }
-            tokens.push(sum);
-        }
-        let ranks = cuts::deal(&tokens, world);
-        let arranged: Vec<Arranged> =
-            ranks.iter().map(|own| self.arrange_rows(sides, own)).collect::<Result<_>>()?;
-        let most = arranged.iter().map(|a| a.micro.len()).max().unwrap_or(0);
-        let own = ranks.into_iter().zip(arranged).nth(rank);
-        let (own, arranged) =
-            own.ok_or_else(|| Error::usage(format!("no rank {rank}"), "Use ranks from 0"))?;
-        Ok((own, arranged, most))
-    }
-
-    /// The distinct rows of some examples, cut into micro-batches.
-    fn arrange_rows(&self, sides: &Sides, own: &[u32]) -> Result<Arranged> {
-        let named: Vec<u64> = [
-            select(&sides.query, own, 1),
-            select(&sides.positive, own, 1),
-            select(&sides.hard, own, sides.width),
-        ]
-        .concat();
-        let mut sorted: Vec<(u64, u32)> = named.iter().copied().zip(0..).collect();
-        sorted.sort_unstable();
-        // Number of the distinct row that each name means, rows ascending.
-        let mut rows: Vec<u64> = Vec::with_capacity(sorted.len());
-        let mut index = vec![0_i64; named.len()];
-        for (row, name) in &sorted {
-            if rows.last() != Some(row) {
-                rows.push(*row);
-            }
-            if let Some(index) = index.get_mut(*name as usize) {
-                *index = rows.len() as i64 - 1;
-            }
-        }
-        let spans: Vec<Span> =
-            rows.iter().map(|row| self.store.span(*row)).collect::<Result<_>>()?;
-        let lengths: Vec<u32> = spans.iter().map(|s| s.len() as u32).collect();
-        let order = cuts::longest_first(&lengths);
-        let falling = select(&lengths, &order, 1);
-        let ranges = match self.settings.padded {
-            true => cuts::padded(&falling, self.settings.token_budget),
-            false => cuts::packed(&falling, self.settings.token_budget),
-        };
-        let mut micro = Vec::with_capacity(ranges.len());
-        let mut token_start = 0;
-        for range in ranges {
-            let longest = falling.get(range.start).map_or(0, |l| *l as usize).max(1);
-            let real = falling.get(range.clone()).unwrap_or_default().iter().map(|l| *l as usize);
-            let tokens = if self.settings.padded { longest * range.len() } else { real.sum() };
-            if i32::try_from(tokens).is_err() {
-                return Err(Error::usage(
-                    format!("a micro-batch of {tokens} tokens"),
-                    "Use a token_budget and a max_length below 2^31",
-                ));
-            }
-            micro.push(Micro {
-                start: range.start,
-                rows: range.len(),
-                longest,
-                token_start,
-                tokens,
-            });
-            token_start += tokens;
-        }
-        let mut place = vec![0_i64; rows.len()];
-        for (at, row) in (0..).zip(&order) {
-            if let Some(place) = place.get_mut(*row as usize) {
-                *place = at;
-            }
-        }
-        for index in &mut index {
-            *index = place.get(*index as usize).copied().unwrap_or(0);
-        }
-        Ok(Arranged {
-            rows: select(&rows, &order, 1),
-            spans: select(&spans, &order, 1),
-            index,
-            micro,
-        })
-    }
-}
-
-/// Rows `at` of a matrix of `width` columns.
-fn select<T: Copy>(values: &[T], at: &[u32], width: usize) -> Vec<T> {
-    let mut out = Vec::with_capacity(at.len() * width);
-    for i in at {
-        let start = *i as usize * width;
-        out.extend_from_slice(values.get(start..start + width).unwrap_or_default());
-    }
-    out
 }
 
 fn line(sides: &Sides, i: usize) -> u64 {

@@ -43,7 +43,7 @@ fuzz_target!(|input: &[u8]| {
     };
     let Ok(loader) = Loader::open(store.clone(), &[task], settings) else { return };
     for step in 0..loader.plan().steps().unwrap_or(0).min(64) {
-        if let Ok(batch) = loader.batch(step, 0, 1) {
+        if let Ok(batch) = loader.batch(step, 0, 1, None) {
             assert!(batch.rows.iter().all(|row| *row < embkit_fuzz::ROWS as u64));
         }
     }

@@ -125,7 +125,7 @@ fn train(store: &Arc<Store>, task: &TaskFiles, rng: u64, buffer: &mut [u8]) -> R
     let steps = loader.plan().steps().unwrap_or(0);
     for step in 0..steps {
         for (rank, world) in [(0, 1), (0, settings.batch_size as usize)] {
-            let batch = loader.batch(step, rank, world)?;
+            let batch = loader.batch(step, rank, world, None)?;
             let form = Form { wide: rng >> 19 & 1 == 0, padded: settings.padded, pad_id: 0 };
             let (_, bytes) = batch.layout(form);
             assert!(batch.rows.iter().all(|row| *row < ROWS));

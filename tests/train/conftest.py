@@ -15,6 +15,7 @@ from embkit import _rust
 from embkit.data import Store
 from embkit.data.tables import Examples
 from embkit.model import Encoder
+from embkit.model.tokens import TextTokenizer
 from embkit.recipe import Model
 from embkit.stage import stage
 
@@ -110,7 +111,7 @@ def write_store(
     out: Path, texts: list[str], tables: list[Examples], *, cluster: np.ndarray | None = None
 ) -> Store:
     """A store directory as docs/formats.md has it."""
-    tokenizer = tiny_tokenizer()
+    tokenizer = TextTokenizer(tiny_tokenizer()).json
     n = len(texts)
     text_id = np.arange(n, dtype=np.uint64) * 7 + 1
     raw = [t.encode() for t in texts]
@@ -129,13 +130,13 @@ def write_store(
             np.zeros(n, np.uint16),
             text_id,
             text_id if cluster is None else cluster,
-            tokenizer.to_str(),
+            tokenizer,
             [32, 32, 32],
         )
         for i, one in enumerate(tables):
             one.save(work.dir, index=i)
         (work.dir / "tokenizer").mkdir(exist_ok=True)
-        (work.dir / "tokenizer" / "tokenizer.json").write_text(tokenizer.to_str())
+        (work.dir / "tokenizer" / "tokenizer.json").write_text(tokenizer, "utf-8")
         fingerprint = _rust.blake3_file(str(work.dir / "tokenizer" / "tokenizer.json"))
         work.publish(
             {

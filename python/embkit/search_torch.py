@@ -23,7 +23,7 @@ from embkit.errors import UsageError
 Vectors = NDArray[Any] | Sequence[NDArray[Any]]
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 _CPU_MEMORY = 512 << 20
-_PAIRS = 1 << 15  # query-candidate pairs that are scored again at once, on the CPU
+_PAIRS = 1 << 11  # query-candidate pairs scored again at once on the CPU: they stay in its caches
 _GATHER = 8192  # queries whose neighbours the ranks exchange at once
 
 
@@ -212,7 +212,7 @@ class _Engine:
         rows = (row.cpu().numpy() + self.first).astype(np.uint32)
         scores = exact.cpu().numpy()
         self.rescanned += len(open_)
-        for some in open_.split(256):
+        for some in open_.split(256) if len(open_) else ():
             here = some.cpu().numpy()
             rows[here], scores[here] = self._rescan(q, some, exact[some, -1])
         return rows, scores

@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,7 @@ def voyager(corpus: Any, queries: Any, k: int) -> Settings:
 
 
 PEERS = {f.__name__: f for f in (ivf, ivfpq, hnsw, hnswlib, usearch, voyager)}
+_PACKAGES = ("hnswlib", "usearch", "voyager")  # the others are faiss's
 
 
 def recall(rows: Any, corpus: Any, queries: Any, edge: Any) -> float:
@@ -140,7 +142,10 @@ def main(peer: str, home: Path) -> None:
     corpus, queries, edge = (np.load(home / f"{x}.npy") for x in ("corpus", "queries", "edge"))
     settings = PEERS[peer](corpus, queries, about["k"])
     build: Sample = measure(lambda: next(settings))
-    ready: dict[str, Any] = {"build_cpu": build.cpu, "build_peak": build.peak}
+    package = peer if peer in _PACKAGES else "faiss-cpu"
+    ready: dict[str, Any] = {
+        "build_cpu": build.cpu, "build_peak": build.peak, "version": version(package),
+    }  # fmt: skip
     refused = RuntimeError("no setting")
     for setting, search in settings:
         try:

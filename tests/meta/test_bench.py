@@ -74,3 +74,48 @@ def test_a_rival_that_is_not_installed_is_named(
 def test_cases_are_chosen_by_name() -> None:
     with pytest.raises(EmbkitError, match=r"(?s)'exakt'.*exact_64k, exact_100k"):
         next(bench.run_group("mine", only="exakt"))
+
+
+def test_recall_counts_by_score() -> None:
+    """Another of several equal vectors is as good; a worse one, or a missing one, is not."""
+    import numpy as np
+
+    from embkit.bench.mine_rivals import best_scores, recall
+
+    rng = np.random.default_rng(0)
+    corpus = rng.standard_normal((40, 6)).astype(np.float32)
+    corpus[10:20] = corpus[0]
+    queries = corpus[[0, 30]]
+    edge = best_scores(queries, corpus, 4)
+    want = np.sort(queries @ corpus.T, axis=1)[:, ::-1][:, :4]
+    np.testing.assert_allclose(edge, want, rtol=1e-6)
+    order = np.argsort(-(queries @ corpus.T), axis=1)
+    rows = order[:, :4].copy()
+    rows[0] = [11, 19, 0, 15]
+    assert recall(rows, queries, corpus, edge[:, -1]) == 1.0
+    rows[1, 3] = order[1, 30]
+    assert recall(rows, queries, corpus, edge[:, -1]) == 7 / 8
+
+
+def test_where_approximate_search_starts_to_win() -> None:
+    from embkit.bench.mine import _crossing
+
+    exact = {10: 1.0, 100: 100.0, 1000: 10_000.0}
+    assert _crossing(exact, {10: 10.0, 100: 100.0, 1000: 1000.0}) == pytest.approx(100)
+    assert _crossing(exact, {10: 0.5, 100: 1.0, 1000: 1.0}) == 10
+    assert _crossing(exact, {10: 2.0, 100: 200.0, 1000: 20_000.0}) == 0
+
+
+def test_share_of_near_duplicates() -> None:
+    import numpy as np
+
+    from embkit.bench.corpus import Pairs
+    from embkit.bench.mine_end import Work
+
+    words = [f"w{i}" for i in range(30)]
+    same, other = " ".join(words), " ".join(words[::-1])
+    passages = [same, same + " end", other, "café " + same]
+    none = np.zeros((4, 2), np.float32)
+    work = Work(Pairs(["q"] * 4, passages, np.array([0, 0, 0, 3]), none, none))
+    share = work.near_share((np.array([0, 1, 2, 3]), np.array([1, 2, 2, 1])))
+    assert share == pytest.approx(1 / 3)  # the fourth positive is not ASCII and does not count

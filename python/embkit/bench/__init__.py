@@ -290,7 +290,8 @@ def versions() -> dict[str, str]:
     from importlib.metadata import PackageNotFoundError, version
 
     found = {"python": platform.python_version()}
-    for name in ("numpy", "torch", "triton", "transformers", "sentence-transformers"):
+    names = ("numpy", "torch", "triton", "transformers", "sentence-transformers", "faiss-cpu")
+    for name in names:
         try:
             found[name] = version(name)
         except PackageNotFoundError:

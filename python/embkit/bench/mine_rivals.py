@@ -119,7 +119,7 @@ class Indexes:
 
     Attributes:
         edge: F32 [nq], k-th best true score of each query.
-        facts: by rival: build CPU seconds, setting, recall.
+        facts: by rival: version, build CPU seconds and bytes, setting, recall.
     """
 
     def __init__(self, corpus: np.ndarray, queries: np.ndarray, k: int, least: float) -> None:
@@ -133,6 +133,7 @@ class Indexes:
                 "build_cpu": round(r.ready["build_cpu"], 2),
                 "build_peak": r.ready["build_peak"],
                 "setting": r.ready["setting"],
+                "version": r.ready["version"],
                 "recall": round(r.ready["recall"], 4),
             }
             for name, r in self.running.items()

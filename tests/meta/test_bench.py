@@ -118,4 +118,5 @@ def test_share_of_near_duplicates() -> None:
     none = np.zeros((4, 2), np.float32)
     work = Work(Pairs(["q"] * 4, passages, np.array([0, 0, 0, 3]), none, none))
     share = work.near_share((np.array([0, 1, 2, 3]), np.array([1, 2, 2, 1])))
+    work.close()
     assert share == pytest.approx(1 / 3)  # the fourth positive is not ASCII and does not count

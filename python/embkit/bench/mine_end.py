@@ -77,6 +77,10 @@ class Work:
         """A way that takes minutes: one run serves every row."""
         return self.run(way)
 
+    def close(self) -> None:
+        """Remove the folder."""
+        self.home.cleanup()
+
     def rivals(self) -> dict[str, Callable[[], Reported]]:
         """The ways that are not ours, by the name of their row."""
         return {n: partial(self.once, way) for n, way in WAYS.items() if way != "embkit"}

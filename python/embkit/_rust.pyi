@@ -632,29 +632,41 @@ def topk(
         ``(row [nq, k], score [nq, k])``, best first. Progress counts queries.
     """
 
-def filter_negatives(
-    row: _U32,
-    score: _F32,
-    pos_offsets: _U64,
-    pos: _U64,
-    pos_score: _F32,
-    cluster: _U64,
-    shards: Shards,
-    params: Mapping[str, Any],
-    threads: int = 0,
-    progress: _Progress = None,
-) -> tuple[_U64, _U64, _F32, _U32, dict[str, int]]:
-    """Hard negatives among mined candidates: ``(offsets, row, score, rank, audit)``.
+@final
+class NegativeFilter:
+    """The rules that turn neighbours into hard negatives, for one corpus and block after block.
 
     Args:
-        row, score: [nq, c] from :func:`topk`; ``row`` may be mapped to corpus rows first.
-        pos_offsets, pos, pos_score: positives of each query, jagged, scored by the same model.
         cluster: near-duplicate cluster of each corpus row.
-        shards: texts of the corpus rows; may be empty when ``near_jaccard`` is None.
-        params: some of ``skip``, ``max_score``, ``min_score``, ``margin``, ``percent`` (0.95),
-            ``near_jaccard`` (0.7), ``k`` (7), ``sample`` (``"top"`` or ``"random"``), ``seed``;
-            None switches a rule off.
-
-    Returns:
-        Jagged negatives by rank, and how many candidates each rule removed.
+        text: each corpus row's row in ``shards``, and its name in the result.
+        shards: texts; may be empty when ``near_jaccard`` is None.
     """
+
+    def __new__(cls, cluster: _U64, text: _U64, texts: Shards) -> NegativeFilter: ...
+    def run(
+        self,
+        row: _U32,
+        score: _F32,
+        queries: tuple[_U32, _U64, _U32, _U64, _U64, _U64, _U32, _F32],
+        params: Mapping[str, Any],
+        rerank: tuple[_U64, _U32, _F32, _F32] | None = None,
+        threads: int = 0,
+        progress: _Progress = None,
+    ) -> dict[str, Any]:
+        """Negatives of m queries: ``offsets``, ``row`` (names), ``score``, ``rank``, ``audit``,
+        ``shallow`` (queries whose list was too short), and with ``trace`` the rule, rank and number
+        compared with of every candidate.
+
+        Args:
+            row, score: lists of candidates [lists, c], corpus rows, best first.
+            queries: list [m], number [m], own corpus row [m] (2^32 - 1: none), cluster [m], text
+                row [m] (these three may be empty), then the positives: offsets [m+1], corpus rows,
+                scores.
+            params: some of ``skip``, ``last``, ``max_score``, ``margin``, ``percent``,
+                ``min_score``, ``near_jaccard`` (0.7), ``rerank_max_score``, ``rerank_margin``,
+                ``rerank_percent``, ``pool``, ``k`` (7), ``sample`` (``"top"``, ``"random"``),
+                ``refill`` (``"none"``, ``"relax"``, ``"random"``), ``seed``, ``defer`` (shallow
+                queries get nothing and are not counted), ``trace``; None switches a rule off.
+            rerank: offsets [m+1], ranks and scores of what a call with ``pool`` and without
+                this returned, and a score for each positive.
+        """

@@ -268,30 +268,48 @@ def prefinetune(
 
 @app.command()
 def mine(
-    model: Annotated[Path, typer.Argument(help="A model directory or training run.")],
-    store: Annotated[Path, typer.Argument(help="A store that `embkit tokenize` wrote.")],
     out: Out,
+    model: Annotated[
+        str | None,
+        typer.Argument(help="A model directory or training run; several by commas; - for none."),
+    ] = None,
+    store: Annotated[
+        Path | None, typer.Argument(help="A store that `embkit tokenize` wrote.")
+    ] = None,
+    embeddings: Annotated[
+        list[Path] | None,
+        typer.Option("--embeddings", help="Vectors of the store's rows; repeatable."),
+    ] = None,
+    memory: Annotated[
+        str, typer.Option("--memory", help="Memory beside mapped files, e.g. 2G.")
+    ] = "0",
     settings: Settings = "quickstart",
     set_: Set = None,
     explain_: Annotated[
-        int | None, typer.Option("--explain", help="Show one query's candidates, by row number.")
+        int | None, typer.Option("--explain", help="Show why each candidate of an example went.")
     ] = None,
+    task: Annotated[str | None, typer.Option("--task", help="Of --explain.")] = None,
+    fresh: Fresh = False,
 ) -> None:
-    """Find hard negatives with a model: exact search, then rules that are counted."""
-    from embkit import pipeline
-    from embkit.data import Store
+    """Find hard negatives with a model: search, then rules that are counted."""
+    from embkit.mine import audit_table
     from embkit.mine import explain as explain_query
     from embkit.mine import mine as mine_negatives
-    from embkit.model import Encoder
 
-    if explain_ is not None and (out / "manifest.json").is_file():
-        print(explain_query(out, explain_))
-        return
-    chosen = _settings(settings, set_)
-    encoder = Encoder.from_pretrained(model)
-    mine_negatives(encoder, Store(store), out=out, **pipeline.mine_options(chosen))
+    if explain_ is None or not (out / "manifest.json").is_file():
+        if store is None:
+            raise UsageError("There is no store.", fix="embkit mine MODEL STORE --out DIR")
+        models = [name for name in (model or "-").split(",") if name != "-"]
+        chosen, limit = _settings(settings, set_), _bytes(memory)
+        mine_negatives(
+            models, store, out=out, rules=chosen.mine, embeddings=embeddings, memory=limit,
+            fresh=fresh,
+        )  # fmt: skip
+        print(audit_table(json.loads((out / "report.json").read_text("utf-8"))))
     if explain_ is not None:
-        print(explain_query(out, explain_))
+        given = embeddings[0] if embeddings else None
+        print(explain_query(out, explain_, task=task, store=store, embeddings=given))
+        return
     _done(out)
 
 

@@ -104,7 +104,7 @@ class _Run:
         self._stage("mine", "hard negatives, with the model of the stage before")
         from embkit.mine import mine
 
-        mined = mine(pre, store, out=out / "mined", **mine_options(recipe))
+        mined = mine(pre, store, out=out / "mined", rules=recipe.mine)
 
         self._stage("finetune", f"{len(recipe.runs)} runs on single-task batches")
         tuned = []
@@ -320,11 +320,6 @@ def tokenizer_options(recipe: Recipe) -> dict[str, Any]:
         "max_length_passage": t.max_length_passage,
         "prompts": {"query": t.prompt_query, "passage": t.prompt_passage},
     }
-
-
-def mine_options(recipe: Recipe) -> dict[str, Any]:
-    """Keyword arguments of :func:`embkit.mine.mine`."""
-    return dict(recipes.to_table(recipe)["mine"])
 
 
 def start_encoder(recipe: Recipe, store: Store, *, model: str | None = None) -> Encoder:

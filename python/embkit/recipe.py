@@ -333,22 +333,96 @@ class Train:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Mine:
-    """Hard-negative mining.
+class Rules:
+    """Which neighbours of a query become its hard negatives (docs/mining.md).
+
+    The rules run in this order, each candidate is counted under the first that removes it, and
+    ``s+`` is the lowest score of the query's positives. None (``"off"`` in a recipe) switches a
+    rule off. Numbers are those of NV-Retriever (arXiv 2407.15831) where a source is not named.
 
     Attributes:
-        k: negatives kept per query.
-        candidates: neighbours looked at per query.
-        percent_of_positive: keep a candidate below this share of the lowest positive's score.
-        skip: highest-ranked candidates to pass over.
-        near_duplicate: word-3-gram Jaccard with a positive from which a candidate is its copy.
+        k: negatives kept per query. NV-Retriever: 4 for a small model, 1 and 5 in its two stages.
+        candidates: how many ranks are looked at. Positives, their near-duplicate clusters, and
+            repeats of a cluster have no rank. Ours; sampling 4 of the top 10 is the paper's.
+        skip: pass over the first ranks; the paper's "top-k shifted by N" has 10.
+        max_score: keep ``s <= max_score`` ("TopK-Abs", 0.7).
+        margin: keep ``s <= s+ - margin`` ("TopK-MarginPos", 0.05).
+        percent_of_positive: keep ``s <= s+ - |s+| (1 - percent)``, which is ``percent * s+`` for a
+            positive ``s+`` ("TopK-PercPos", 0.95, the best of the paper).
+        min_score: keep ``s >= min_score``. Ours.
+        near_duplicate: word-3-gram Jaccard with a positive or the query from which a candidate is
+            its copy. Ours; 6 to 9 % of the negatives of other miners reach 0.7.
+        rerank_candidates: how many of those that are left a reranker scores, where there is one.
+        rerank_max_score, rerank_margin, rerank_percent: as above on the reranker's scores.
+        sample: ``"top"`` keeps the best k, ``"random"`` draws k of what is left with ``seed``.
+        refill: what a query gets that has fewer than k: ``"none"``; ``"relax"``, candidates that
+            max_score, margin or percent_of_positive had removed, lowest score first;
+            ``"random"``, passages from outside its candidates, drawn with ``seed``.
+        seed: of the draws.
+        ensemble: with several miners (the paper's intra-sample ensembling): ``"keep"`` each
+            miner's negatives as they are, or ``"merge"`` equal ones.
+        engine: of the search: auto, exact, ivf or torch.
+        recall: least share of the true neighbours that an approximate engine finds; 1 is exact.
     """
 
     k: int = 4
     candidates: int = 64
-    percent_of_positive: float = 0.95
     skip: int = 0
-    near_duplicate: float = 0.7
+    max_score: float | None = None
+    margin: float | None = None
+    percent_of_positive: float | None = 0.95
+    min_score: float | None = None
+    near_duplicate: float | None = 0.7
+    rerank_candidates: int = 16
+    rerank_max_score: float | None = None
+    rerank_margin: float | None = None
+    rerank_percent: float | None = None
+    sample: str = "top"
+    refill: str = "none"
+    seed: int = 0
+    ensemble: str = "keep"
+    engine: str = "auto"
+    recall: float = 1.0
+
+    def __post_init__(self) -> None:
+        _require(
+            self.k >= 1 and self.skip >= 0,
+            f"mine.k = {self.k}, mine.skip = {self.skip}: one is out of range.",
+            "k is at least 1, skip at least 0",
+        )
+        _require(
+            self.candidates >= self.k + self.skip,
+            f"mine.candidates = {self.candidates} is less than k + skip = {self.k + self.skip}.",
+            "look at more candidates than are kept, 16 times k or more",
+        )
+        _require(
+            self.rerank_candidates >= self.k,
+            f"mine.rerank_candidates = {self.rerank_candidates} is less than k = {self.k}.",
+            "rerank more candidates than are kept, 4 times k or more",
+        )
+        for name in ("percent_of_positive", "rerank_percent", "near_duplicate"):
+            value = getattr(self, name)
+            _require(
+                value is None or 0 < value <= 1,
+                f"mine.{name} = {value} is out of range.",
+                "give a share above 0 and at most 1, e.g. 0.95",
+            )
+        for name in ("margin", "rerank_margin"):
+            value = getattr(self, name)
+            _require(
+                value is None or value >= 0,
+                f"mine.{name} = {value} is negative.",
+                "give a distance of at least 0, e.g. 0.05",
+            )
+        _require(
+            0 < self.recall <= 1 and self.seed >= 0,
+            f"mine.recall = {self.recall}, mine.seed = {self.seed}: one is out of range.",
+            "recall is above 0 and at most 1, seed at least 0",
+        )
+        _one_of("mine.sample", self.sample, ("top", "random"))
+        _one_of("mine.refill", self.refill, ("none", "relax", "random"))
+        _one_of("mine.ensemble", self.ensemble, ("keep", "merge"))
+        _one_of("mine.engine", self.engine, ("auto", "exact", "ivf", "torch"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -385,7 +459,7 @@ class Recipe:
     tokenizer: Tokenizer = field(default_factory=Tokenizer)
     model: Model = field(default_factory=Model)
     prefinetune: Train = field(default_factory=Train)
-    mine: Mine = field(default_factory=Mine)
+    mine: Rules = field(default_factory=Rules)
     finetune: Train = field(default_factory=Train)
     runs: tuple[Mapping[str, Any], ...] = ({"seed": 0},)
     soup: Soup = field(default_factory=Soup)
@@ -484,7 +558,9 @@ def save(recipe: Recipe, path: Path | str) -> None:
 
 def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        pairs = ((f.name, getattr(value, f.name)) for f in dataclasses.fields(value))
+        pairs = ((f, getattr(value, f.name)) for f in dataclasses.fields(value))
+        # TOML has no null: a number that is switched off must not come back as its default.
+        pairs = ((f.name, "off" if v is None and f.default is not None else v) for f, v in pairs)
         return {name: _plain(item) for name, item in pairs if item is not None}
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
@@ -518,6 +594,8 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return _build(hint, value, where)
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is types.UnionType:
+        if value == "off" and args[0] is not str:
+            return None
         return _convert(args[0], value, where)
     if origin is tuple and isinstance(value, (list, tuple)):
         if len(args) == 2 and args[1] is not Ellipsis and len(value) != len(args):

@@ -26,7 +26,8 @@ FROZEN = {
     "store append": {"store", "more", "--out"},
     "store subset": {"store", "--out", "--task", "--max-examples", "--seed"},
     "prefinetune": {"store", "--out", "--model", "--recipe", "--set"},
-    "mine": {"model", "store", "--out", "--recipe", "--set", "--explain"},
+    "mine": {"model", "store", "--out", "--embeddings", "--memory", "--recipe", "--set"}
+    | {"--explain", "--task", "--fresh"},
     "finetune": {"model", "store", "--out", "--negatives", "--recipe", "--set"},
     "soup": {"runs", "--out", "--on", "--select"},
     "evaluate": {"model", "on", "--out"},

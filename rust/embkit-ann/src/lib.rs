@@ -13,6 +13,9 @@ pub mod naive;
 mod simd;
 mod topk;
 
-pub use filter::{Audit, Candidates, Corpus, FilterParams, Negatives, Positives, Sample, filter};
+pub use filter::{
+    Audit, Bounds, Candidates, Corpus, FilterParams, NONE, Negatives, Queries, RELAXED, Refill,
+    Rerank, Rule, Sample, Sketches, Trace, filter,
+};
 pub use simd::Isa;
 pub use topk::{TopK, topk, topk_on};

@@ -58,6 +58,6 @@ fn _rust(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_function(wrap_pyfunction!(compose::merge_rows, m)?)?;
     m.add_function(wrap_pyfunction!(compose::compose_store, m)?)?;
     m.add_function(wrap_pyfunction!(search::topk, m)?)?;
-    m.add_function(wrap_pyfunction!(negatives::filter_negatives, m)?)?;
+    m.add_class::<negatives::NegativeFilter>()?;
     Ok(())
 }

@@ -1,0 +1,346 @@
+"""One block of queries after the other: search, rules, reranker, and deeper where it is needed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from embkit import _rust
+from embkit.data.tables import Array, Shard, offsets_of, owners, take_jagged
+from embkit.mine.matrix import Matrix
+from embkit.mine.rerank import Reranker, score_pairs
+from embkit.recipe import Rules
+from embkit.search import search
+
+NONE = 0xFFFFFFFF  # a rank or row that is none
+DEEPEST = 4096  # candidates of a query whose first list was full of copies
+_EXTRA = 256  # places kept free for positives and their clusters
+_BYTES = 256 << 20  # of a block of queries, when no cap is given
+_LEAST = 64  # queries of a block
+
+Progress = Callable[[int], object] | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Negatives:
+    """Mined negatives, aligned with the queries or examples.
+
+    Attributes:
+        offsets: U64 [m+1].
+        row: U64, store rows or rows of the corpus.
+        score: F32, inner product with the query; NaN for a passage drawn as a refill.
+        rank: U32, place among the query's candidates from 0, its positives and repeats of a
+            cluster not counted. A refill has 2^31 added to it (``"relax"``) or 2^32 - 1
+            (``"random"``), and stands after the others.
+        positive: F32 [positives], score of each positive.
+        audit: what each rule decided, in the order of the rules.
+        rerank: F32, the reranker's scores of the negatives, or None.
+        report: of the search.
+    """
+
+    offsets: Array
+    row: Array
+    score: Array
+    rank: Array
+    positive: Array
+    audit: dict[str, int]
+    rerank: Array | None = None
+    report: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Passages:
+    """The corpus of a miner.
+
+    Attributes:
+        vectors: of the passages.
+        name: U64 [n], what a passage is called in the result; its row in ``shards``.
+        cluster: U64 [n], near-duplicate cluster.
+        shards: texts; none when the rules need none.
+    """
+
+    vectors: Matrix
+    name: Array
+    cluster: Array
+    shards: list[Shard]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """Some queries with their positives.
+
+    Attributes:
+        vectors: F32 [u, d] or views that follow one another, of distinct queries.
+        list: U32 [m], the vector of each query. number: U64 [m], its number among all.
+        own: U32 [m], its row in the corpus, or NONE; may be empty.
+        cluster: U64 [m]; may be empty. text: U64 [m], its row in the texts; may be empty.
+        offsets: U64 [m+1]; positive: U32, rows in the corpus; score: F32, of the positives.
+    """
+
+    vectors: Any
+    list: Array
+    number: Array
+    own: Array
+    cluster: Array
+    text: Array
+    offsets: Array
+    positive: Array
+    score: Array
+
+    def take(self, at: Array) -> Block:
+        """The queries at ``at``, each with a vector of its own."""
+        offsets, positive, score = take_jagged(self.offsets, at, self.positive, self.score)
+        parts = [self.vectors] if isinstance(self.vectors, np.ndarray) else self.vectors
+        some = {n: v[at] if len(v) else v for n in _PER_QUERY for v in [getattr(self, n)]}
+        return replace(
+            self,
+            vectors=Matrix(parts, "queries").take(self.list[at].astype(np.int64)),
+            list=np.arange(len(at), dtype=np.uint32),
+            offsets=offsets,
+            positive=positive,
+            score=score,
+            **some,
+        )
+
+
+_PER_QUERY = ("number", "own", "cluster", "text")
+
+
+class Miner:
+    """Mines block after block in one corpus.
+
+    Args:
+        passages: the corpus.
+        rules: all of them.
+        room: most rows that positives and their clusters may take of one query's list.
+        memory: bytes for blocks and search, 0 for a default.
+        text: the text of a row, for the reranker.
+    """
+
+    def __init__(
+        self,
+        passages: Passages,
+        rules: Rules,
+        *,
+        room: int,
+        memory: int = 0,
+        threads: int = 0,
+        reranker: Reranker | None = None,
+        text: Callable[[int], str] | None = None,
+    ) -> None:
+        self.passages, self.rules, self.threads = passages, rules, threads
+        self.reranker, self.text = reranker, text
+        self.filter = _rust.NegativeFilter(passages.cluster, passages.name, passages.shards)
+        self.n = len(passages.vectors)
+        self.depth = min(rules.candidates + min(room, _EXTRA), self.n)
+        # Half of the memory holds a block, the rest is the search's own.
+        self.memory = memory // 2
+        each = 4 * passages.vectors.width + 12 * self.depth + 32 * rules.k
+        self.block = max(_LEAST, ((memory // 2) or _BYTES) // each)
+        self.report: dict[str, Any] = {}
+
+    def mine(self, block: Block, progress: Progress = None) -> dict[str, Any]:
+        """Negatives of a block: offsets, row, score, rank, audit, and rerank tables.
+
+        A query whose list ends before it has enough, because copies filled it, is searched again
+        four times as deep: what is found does not depend on how many copies the corpus has.
+        """
+        depth = self.depth
+        found = self._settle(block, depth, progress)
+        shallow = found.pop("shallow").astype(np.int64)
+        while len(shallow):
+            depth = min(4 * depth, self.n, max(DEEPEST, depth))
+            deeper = self._settle(block.take(shallow), depth, None)
+            again = deeper.pop("shallow").astype(np.int64)
+            found = _replaced(found, shallow, deeper)
+            shallow = shallow[again] if depth < self._deepest() else again[:0]
+        return found
+
+    def trace(self, block: Block, table: Any = None) -> tuple[Array, Array, dict[str, Any]]:
+        """Every candidate of one query: rows and scores [1, depth], and their verdicts.
+
+        Args:
+            block: of one query. table: its reranked candidates, as :meth:`mine` returned them.
+        """
+        depth = self.depth
+        while True:
+            row, score = self._search(block, depth, None)
+            options = self._options(depth, trace=True)
+            found = self._run(block, row, score, options, _tuple(table) if table else None)
+            if not len(found["shallow"]) or depth >= self._deepest():
+                return row, score, found
+            depth = min(4 * depth, self._deepest())
+
+    def _deepest(self) -> int:
+        return min(self.n, max(DEEPEST, self.depth))
+
+    def _search(self, block: Block, depth: int, progress: Progress) -> tuple[Array, Array]:
+        rules = self.rules
+        found = search(
+            block.vectors,
+            self.passages.vectors.parts,
+            depth,
+            engine=rules.engine,
+            recall=rules.recall,
+            memory=self.memory,
+            seed=rules.seed,
+            threads=self.threads,
+            progress=progress,
+        )
+        self.report = self.report or dict(found.report)
+        return found.row, found.score
+
+    def _options(self, depth: int, **more: Any) -> dict[str, Any]:
+        return {**rust_rules(self.rules), "defer": depth < self._deepest(), **more}
+
+    def _run(self, block: Block, row: Array, score: Array, options: Any, rerank: Any) -> Any:
+        queries = (
+            block.list, block.number, block.own, block.cluster, block.text, block.offsets,
+            block.positive, block.score,
+        )  # fmt: skip
+        return self.filter.run(row, score, queries, options, rerank, threads=self.threads)
+
+    def _settle(self, block: Block, depth: int, progress: Progress) -> dict[str, Any]:
+        """Search and rules at one depth; the reranker sees what the rules leave."""
+        row, score = self._search(block, depth, progress)
+        options = self._options(depth)
+        if self.reranker is None:
+            return dict(self._run(block, row, score, options, None))
+        pool = {**options, "pool": self.rules.rerank_candidates}
+        left = self._run(block, row, score, pool, None)
+        table = self._rerank(block, left)
+        found = dict(self._run(block, row, score, pool, _tuple(table)))
+        return found | table
+
+    def _rerank(self, block: Block, left: dict[str, Any]) -> dict[str, Array]:
+        assert self.reranker is not None and self.text is not None
+        queries = block.text
+        positive = self.passages.name[block.positive]
+        at, of = owners(left["offsets"]), owners(block.offsets)
+        scores = score_pairs(
+            self.reranker,
+            np.concatenate([queries[at], queries[of]]),
+            np.concatenate([left["row"], positive]),
+            self.text,
+        )
+        return {
+            "rerank_offsets": left["offsets"],
+            "rerank_rank": left["rank"],
+            "rerank_score": scores[: len(at)],
+            "rerank_positive_offsets": block.offsets,
+            "rerank_positive": scores[len(at) :],
+        }
+
+
+def rust_rules(rules: Rules) -> dict[str, Any]:
+    """The rules under the names of the Rust filter."""
+    return {
+        "skip": rules.skip,
+        "last": rules.candidates,
+        "max_score": rules.max_score,
+        "margin": rules.margin,
+        "percent": rules.percent_of_positive,
+        "min_score": rules.min_score,
+        "near_jaccard": rules.near_duplicate,
+        "rerank_max_score": rules.rerank_max_score,
+        "rerank_margin": rules.rerank_margin,
+        "rerank_percent": rules.rerank_percent,
+        "k": rules.k,
+        "sample": rules.sample,
+        "refill": rules.refill,
+        "seed": rules.seed,
+    }
+
+
+def room_for(offsets: Array, positive: Array, cluster: Array) -> int:
+    """The most corpus rows that one query's positives, their clusters and its own text take.
+
+    Args:
+        offsets, positive: jagged, rows of the corpus. cluster: of every corpus row.
+    """
+    ids, sizes = np.unique(cluster, return_counts=True)
+    if len(ids) == len(cluster):
+        per = np.ones(len(positive), np.int64)
+    else:
+        per = sizes[np.searchsorted(ids, cluster[positive])]
+    m = len(offsets) - 1
+    taken = np.bincount(owners(offsets), weights=per, minlength=m)
+    return int(taken.max(initial=0)) + 1
+
+
+def spans(n: int, step: int) -> Iterator[tuple[int, int]]:
+    """The blocks of ``n`` queries: first and one after the last."""
+    for start in range(0, n, step):
+        yield start, min(start + step, n)
+
+
+def shifted(progress: Progress, start: int) -> Progress:
+    """A progress callback that counts on from ``start``."""
+    return progress and (lambda done: progress(start + done))
+
+
+def added(audits: list[dict[str, int]]) -> dict[str, int]:
+    """The sum of several audits."""
+    return {name: sum(a[name] for a in audits) for name in audits[0]} if audits else {}
+
+
+_JAGGED = (
+    ("offsets", ("row", "score", "rank")),
+    ("rerank_offsets", ("rerank_rank", "rerank_score")),
+    ("rerank_positive_offsets", ("rerank_positive",)),
+)
+
+
+def _replaced(found: dict[str, Any], at: Array, deeper: dict[str, Any]) -> dict[str, Any]:
+    """``found`` with the queries ``at`` in place of which ``deeper`` has others."""
+    out = {"audit": added([found["audit"], deeper["audit"]])}
+    m = len(found["offsets"]) - 1
+    order = np.arange(m)
+    order[at] = m + np.arange(len(at))
+    for offsets, columns in _JAGGED:
+        if offsets in found:
+            both = np.concatenate([found[offsets], found[offsets][-1] + deeper[offsets][1:]])
+            values = [np.concatenate([found[c], deeper[c]]) for c in columns]
+            taken = take_jagged(both, order, *values)
+            out |= dict(zip((offsets, *columns), taken, strict=True))
+    return out
+
+
+def _tuple(table: dict[str, Array]) -> tuple[Array, Array, Array, Array]:
+    """Reranked candidates as the Rust filter takes them."""
+    return (
+        np.ascontiguousarray(table["rerank_offsets"], np.uint64),
+        np.ascontiguousarray(table["rerank_rank"], np.uint32),
+        np.ascontiguousarray(table["rerank_score"], np.float32),
+        np.ascontiguousarray(table["rerank_positive"], np.float32),
+    )
+
+
+def joined(parts: list[dict[str, Any]]) -> dict[str, Any]:
+    """Blocks one after the other."""
+    out: dict[str, Any] = {"audit": added([p["audit"] for p in parts])}
+    for offsets, columns in _JAGGED:
+        if parts and offsets in parts[0]:
+            counts = [np.diff(p[offsets].astype(np.int64)) for p in parts]
+            out[offsets] = offsets_of(np.concatenate(counts))
+            out |= {c: np.concatenate([p[c] for p in parts]) for c in columns}
+    return out
+
+
+def reranked(table: dict[str, Any]) -> NDArray[np.float32] | None:
+    """The reranker's score of each negative, NaN for refills; None without a reranker."""
+    if "rerank_offsets" not in table:
+        return None
+    m = len(table["offsets"]) - 1
+    key = owners(table["rerank_offsets"]) << 32 | table["rerank_rank"].astype(np.int64)
+    want = owners(table["offsets"]) << 32 | table["rank"].astype(np.int64)
+    out = np.full(len(want), np.nan, np.float32)
+    if m and len(key):
+        at = np.minimum(np.searchsorted(key, want), len(key) - 1)
+        hit = key[at] == want
+        out[hit] = table["rerank_score"][at[hit]]
+    return out

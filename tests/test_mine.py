@@ -227,11 +227,13 @@ def test_explain_shows_one_query(encoder: Encoder, store: data.Store, tmp_path: 
     text = explain(out, 5)
     table = store.examples(TASK)
     assert store.text(int(table.query[5]))[:60] in text
-    assert "percent 0.95" in text and "example 5" in text
+    assert "percent_of_positive 0.95" in text and "example 5" in text
     with pytest.raises(UsageError, match="No task has an example 99999"):
         explain(out, 99999)
     shutil.rmtree(tmp_path / "store")
-    assert f"task {TASK}, example 5" in explain(out, 5)  # rows in place of texts
+    with pytest.raises(UsageError, match="not beside"):
+        explain(out, 5)
+    assert explain(out, 5, store=store) == text
 
 
 def test_wrong_arguments(encoder: Encoder, store: data.Store, tmp_path: Path) -> None:

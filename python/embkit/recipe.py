@@ -558,10 +558,12 @@ def save(recipe: Recipe, path: Path | str) -> None:
 
 def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        pairs = ((f, getattr(value, f.name)) for f in dataclasses.fields(value))
-        # TOML has no null: a number that is switched off must not come back as its default.
-        pairs = ((f.name, "off" if v is None and f.default is not None else v) for f, v in pairs)
-        return {name: _plain(item) for name, item in pairs if item is not None}
+        table = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+        for f in dataclasses.fields(value):
+            # TOML has no null: what is switched off must not come back as its default.
+            if table[f.name] is None and f.default is not None:
+                table[f.name] = "off"
+        return {name: _plain(item) for name, item in table.items() if item is not None}
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

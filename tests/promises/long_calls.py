@@ -139,11 +139,14 @@ def filter_negatives(size: int) -> Call:
     rng = np.random.default_rng(2)
     row = rng.integers(0, n, (nq, c), dtype=np.uint32)
     score = -np.sort(-rng.random((nq, c), np.float32))
-    offsets, positive = np.arange(nq + 1, dtype=np.uint64), np.zeros(nq, np.uint64)
-    return lambda progress: _rust.filter_negatives(
-        row, score, offsets, positive, np.ones(nq, np.float32), np.arange(n, dtype=np.uint64),
-        [shard(n, 60)], {"percent": None, "k": 30}, threads=1, progress=progress,
+    number, rows = np.arange(nq, dtype=np.uint64), np.arange(n, dtype=np.uint64)
+    none, ones = np.zeros(0, np.uint64), np.ones(nq, np.float32)
+    queries = (
+        number.astype(np.uint32), number, none.astype(np.uint32), none, none,
+        np.arange(nq + 1, dtype=np.uint64), np.zeros(nq, np.uint32), ones,
     )  # fmt: skip
+    rules = _rust.NegativeFilter(rows, rows, [shard(n, 60)])
+    return lambda progress: rules.run(row, score, queries, {"k": 30}, threads=1, progress=progress)
 
 
 def filter_texts(size: int) -> Call:
@@ -162,7 +165,7 @@ CASES: dict[str, Callable[[int], Call]] = {
     "exact_duplicates": exact_duplicates,
     "near_matches": near_matches,
     "contamination": contamination,
-    "filter_negatives": filter_negatives,
+    "NegativeFilter.run": filter_negatives,
     "filter_texts": filter_texts,
     "merge_rows": merge_rows,
     "near_duplicates": near_duplicates,

@@ -359,14 +359,16 @@ def filtering(quick: bool) -> Case:
     score = np.einsum("nd,nd->n", made.query_vectors, made.passage_vectors[made.positive])
     offsets = np.arange(len(made.queries) + 1, dtype=np.uint64)
     cluster = np.arange(len(made.passages), dtype=np.uint64)
-    positive = made.positive.astype(np.uint64)
+    number, none = np.arange(len(made.queries), dtype=np.uint64), np.zeros(0, np.uint64)
+    queries = (
+        number.astype(np.uint32), number, none.astype(np.uint32), none, none,
+        offsets, made.positive.astype(np.uint32), score,
+    )  # fmt: skip
     rules = {"percent": mine_end.SHARE, "k": mine_end.KEEP, "skip": 0}
 
     def ours(near: float | None = 0.7) -> Any:
-        return _rust.filter_negatives(
-            found.row, found.score, offsets, positive, score, cluster, [shard],
-            {**rules, "near_jaccard": near},
-        )  # fmt: skip
+        fresh = _rust.NegativeFilter(cluster, cluster, [shard])  # knows nothing of the texts yet
+        return fresh.run(found.row, found.score, queries, {**rules, "near_jaccard": near})
 
     def theirs() -> Reported:
         """All of mine_hard_negatives that is not faiss."""

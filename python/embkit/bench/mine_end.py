@@ -119,22 +119,13 @@ def _shingles(text: str) -> frozenset[tuple[str, ...]]:
 
 
 def _ours(q: Any, p: Any, positive: Any, texts: Any) -> tuple[Any, Any, dict[str, float]]:
-    from embkit import _rust
-    from embkit.bench.corpus import text_shard
-    from embkit.search import search
+    from embkit.mine import mine_vectors
 
-    shard = text_shard(texts[1])
-    found = search(q, p, min(CANDIDATES, len(p)), engine="auto")
-    score = np.einsum("nd,nd->n", q, p[positive])
-    begun = time.process_time()
-    offsets, row, *_ = _rust.filter_negatives(
-        found.row, found.score, np.arange(len(q) + 1, dtype=np.uint64),
-        positive.astype(np.uint64), score, np.arange(len(p), dtype=np.uint64), [shard],
-        {"percent": SHARE, "near_jaccard": 0.7, "k": KEEP, "skip": 0},
-    )  # fmt: skip
-    spent = time.process_time() - begun
-    owner = np.repeat(np.arange(len(q)), np.diff(np.asarray(offsets, np.int64)))
-    return owner, np.asarray(row, np.int64), {"filter_cpu": spent}
+    found = mine_vectors(
+        q, p, positive, texts=texts[1], k=KEEP, candidates=CANDIDATES, percent_of_positive=SHARE
+    )
+    owner = np.repeat(np.arange(len(q)), np.diff(found.offsets.astype(np.int64)))
+    return owner, found.row.astype(np.int64), {}
 
 
 class _Given:

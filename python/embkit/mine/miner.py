@@ -297,7 +297,7 @@ _JAGGED = (
 
 def _replaced(found: dict[str, Any], at: Array, deeper: dict[str, Any]) -> dict[str, Any]:
     """``found`` with the queries ``at`` in place of which ``deeper`` has others."""
-    out = {"audit": added([found["audit"], deeper["audit"]])}
+    out: dict[str, Any] = {"audit": added([found["audit"], deeper["audit"]])}
     m = len(found["offsets"]) - 1
     order = np.arange(m)
     order[at] = m + np.arange(len(at))

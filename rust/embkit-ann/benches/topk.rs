@@ -1,7 +1,7 @@
 //! Multiply-adds per second of exact search (one element = one multiply-add = 2 flops), one thread.
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
-use embkit_ann::{Candidates, Corpus, FilterParams, Isa, Positives, filter, topk_on};
+use embkit_ann::{Isa, topk_on};
 use embkit_core::Job;
 
 fn unit_vectors(n: usize, d: usize, seed: u64) -> Vec<f32> {
@@ -29,26 +29,6 @@ fn bench(c: &mut Criterion) {
             b.iter(|| topk_on(isa, &queries, &corpus, d, k, 1, &Job::new()));
         });
     }
-    group.finish();
-
-    let found = topk_on(Isa::best(), &queries, &corpus, d, k, 0, &Job::new()).unwrap();
-    let offsets: Vec<u64> = (0..=nq as u64).collect();
-    let (row, score) = ((0..nq as u64).collect::<Vec<_>>(), vec![0.25f32; nq]);
-    let cluster: Vec<u64> = (0..n as u64).collect();
-    let params = FilterParams { near_jaccard: None, threads: 1, ..Default::default() };
-    let mut group = c.benchmark_group("filter");
-    group.throughput(Throughput::Elements(nq as u64));
-    group.bench_function("scores-only", |b| {
-        b.iter(|| {
-            filter(
-                Candidates { row: &found.row, score: &found.score, per_query: k },
-                Positives { offsets: &offsets, row: &row, score: &score },
-                Corpus { cluster: &cluster, texts: &[] },
-                &params,
-                &Job::new(),
-            )
-        });
-    });
     group.finish();
 }
 

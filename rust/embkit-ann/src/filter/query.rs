@@ -21,7 +21,7 @@ pub(crate) fn sample_key(seed: u64, number: u64, rank: u32) -> u64 {
 /// The corpus row that [`Refill::Random`] tries at its `attempt`.
 pub(crate) fn draw(seed: u64, number: u64, attempt: u32, rows: usize) -> u32 {
     let key = sample_key(seed, number, NONE - attempt);
-    (u128::from(key) * rows as u128 >> 64) as u32
+    ((u128::from(key) * rows as u128) >> 64) as u32
 }
 
 /// Tries of [`Refill::Random`] for each row that is missing.

@@ -11,12 +11,18 @@ use numpy::{PyArray1, PyArrayMethods, PyReadonlyArray1, PyReadonlyArray2, PyUnty
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
+/// One shard of texts, kept.
+type Shard = (Py<PyArray1<u8>>, Py<PyArray1<u64>>);
+
+/// The same as it comes.
+type GivenShard<'py> = (Bound<'py, PyArray1<u8>>, Bound<'py, PyArray1<u64>>);
+
 /// A corpus whose candidates are filtered, block of queries by block.
 #[pyclass(frozen)]
 pub(crate) struct NegativeFilter {
     cluster: Py<PyArray1<u64>>,
     text: Py<PyArray1<u64>>,
-    texts: Vec<(Py<PyArray1<u8>>, Py<PyArray1<u64>>)>,
+    texts: Vec<Shard>,
     sketches: Sketches,
 }
 
@@ -47,7 +53,7 @@ impl NegativeFilter {
         py: Python,
         cluster: Bound<'_, PyArray1<u64>>,
         text: Bound<'_, PyArray1<u64>>,
-        texts: Vec<(Bound<'_, PyArray1<u8>>, Bound<'_, PyArray1<u64>>)>,
+        texts: Vec<GivenShard<'_>>,
     ) -> PyResult<Self> {
         let readonly: PyShards =
             texts.iter().map(|(bytes, offsets)| (bytes.readonly(), offsets.readonly())).collect();

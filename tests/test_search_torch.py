@@ -2,12 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
@@ -141,52 +135,6 @@ def test_refusals() -> None:
             search_torch.search(q, c, k, device="cpu")
     with pytest.raises(UsageError, match="float8"):
         search_torch.search(x, x, 1, dtype="float8")
-
-
-RANK = """
-import sys, numpy as np, torch.distributed as dist
-from embkit import search_torch
-from embkit.errors import UsageError
-rank, home = int(sys.argv[1]), sys.argv[2]
-dist.init_process_group("gloo", init_method=f"file://{home}/meet", rank=rank, world_size=2)
-q, c = np.load(f"{home}/q.npy"), np.load(f"{home}/c.npy", mmap_mode="r")
-for name, corpus, k in (("many", c, 40), ("few", c[:3], 3), ("one", c[:1], 1)):
-    row, score, report = search_torch.search(q, corpus, k, device="cpu", group=dist.group.WORLD)
-    np.savez(f"{home}/{name}-{rank}.npz", row=row, score=score, rescanned=report["rescanned"])
-bad = np.array(c)
-bad[-1] = np.nan
-try:
-    search_torch.search(q, bad, 4, device="cpu", group=dist.group.WORLD)
-except UsageError as error:
-    print(error)
-dist.destroy_process_group()
-"""
-
-
-def test_two_ranks_equal_one(tmp_path: Path) -> None:
-    rng = np.random.default_rng(9)
-    c, q = unit(rng, 1001, 24, 9), unit(rng, 31, 24)
-    c[600:800] = c[100:300]
-    np.save(tmp_path / "q.npy", q)
-    np.save(tmp_path / "c.npy", c)
-    source = str(Path(search_torch.__file__).parents[1])
-    env = {**os.environ, "PYTHONPATH": source, "OMP_NUM_THREADS": "1"}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", RANK, str(r), str(tmp_path)],
-            env=env, stdout=subprocess.PIPE, text=True,
-        )
-        for r in range(2)
-    ]  # fmt: skip
-    said = [p.communicate(timeout=120)[0] for p in ranks]
-    assert [p.returncode for p in ranks] == [0, 0]
-    assert "Another rank" in said[0] and "corpus row" in said[1]
-    for name, n, k in (("many", 1001, 40), ("few", 3, 3), ("one", 1, 1)):
-        row, score, _ = search_torch.search(q, c[:n], k, device="cpu")
-        for r in range(2):
-            found: Any = np.load(tmp_path / f"{name}-{r}.npz")
-            np.testing.assert_array_equal(found["row"], row)
-            np.testing.assert_array_equal(found["score"], score)
 
 
 @pytest.mark.gpu

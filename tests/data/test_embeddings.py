@@ -1,10 +1,7 @@
-"""Blocks of embeddings: shared by ranks, half as large in float16, redone when damaged."""
+"""Blocks of embeddings: half as large in float16, redone when damaged. Ranks: test_two_ranks.py."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,46 +12,25 @@ from embkit import container
 from embkit.data import embeddings
 from embkit.data.embeddings import Embeddings
 from embkit.errors import UsageError
-
-ROWS = np.arange(3, 53, dtype=np.uint64)
-MAKE = """
-import numpy as np
-from embkit.data import embeddings
 from embkit.progress import Bar
 
+ROWS = np.arange(3, 53, dtype=np.uint64)
+
+
 class Encoder:
+    """A vector that depends on the row alone."""
+
     pooling, dims = "mean", (8, 4)
-    prompts = {"query": "q: ", "passage": ""}
-    calls = []
-    def encode_rows(self, store, rows, progress=None):
+    prompts = {"query": "q: ", "passage": ""}  # noqa: RUF012
+
+    def __init__(self) -> None:
+        self.calls: list[int] = []
+
+    def encode_rows(self, store: Any, rows: Any, progress: Any = None) -> np.ndarray:
         self.calls.append(len(rows))
         x = np.stack([np.random.default_rng(int(r)).standard_normal(8) for r in rows])
         progress(len(rows))
         return (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
-
-def make(folder, **options):
-    encoder = Encoder()
-    encoder.calls = []
-    embeddings.BLOCK = 16
-    rows = np.arange(3, 53, dtype=np.uint64)
-    options = {"model": "m", **options}
-    made = embeddings.Embeddings(folder, encoder, encoder, rows=rows, **options)
-    made.fill(Bar("Embed", 50, "rows"))
-    return made, encoder.calls
-"""
-RANK = """
-import sys
-from pathlib import Path
-import torch.distributed as dist
-rank, home = int(sys.argv[1]), Path(sys.argv[2])
-dist.init_process_group("gloo", init_method=f"file://{home}/meet", rank=rank, world_size=2)
-made, calls = make(home / "ranks", group=dist.group.WORLD)
-assert len(made.blocks) == 4 and sum(map(len, made.blocks)) == 50
-print(calls, repr(float(made.get(made.rows).sum())))
-dist.destroy_process_group()
-"""
-WAYS: dict[str, Any] = {}
-exec(MAKE, WAYS)  # the same encoder here and in the ranks
 
 
 @pytest.fixture(autouse=True)
@@ -63,29 +39,11 @@ def block(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def make(folder: Path, **options: Any) -> tuple[Embeddings, list[int]]:
-    made: tuple[Embeddings, list[int]] = WAYS["make"](folder, **options)
-    return made
-
-
-def test_two_ranks_write_the_bytes_of_one(tmp_path: Path) -> None:
-    source = str(Path(embeddings.__file__).parents[2])
-    env = {**os.environ, "PYTHONPATH": source, "OMP_NUM_THREADS": "1"}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", MAKE + RANK, str(r), str(tmp_path)],
-            env=env, stdout=subprocess.PIPE, text=True,
-        )
-        for r in range(2)
-    ]  # fmt: skip
-    alone, calls = make(tmp_path / "alone")
-    said = [p.communicate(timeout=120)[0].strip() for p in ranks]
-    assert [p.returncode for p in ranks] == [0, 0]
-    total = repr(float(alone.get(alone.rows).sum()))
-    assert said == [f"[16, 16] {total}", f"[16, 2] {total}"] and calls == [16, 16, 16, 2]
-    one, two = (
-        {p.name: p.read_bytes() for p in (tmp_path / name).iterdir()} for name in ("alone", "ranks")
-    )
-    assert one == two and len(one) == 4
+    """Embeddings on disk, and how many rows each call embedded for it."""
+    encoder = Encoder()
+    made = Embeddings(folder, encoder, encoder, rows=ROWS, **{"model": "m", **options})
+    made.fill(Bar("Embed", 50, "rows"))
+    return made, encoder.calls
 
 
 def test_half_precision(tmp_path: Path) -> None:

@@ -27,18 +27,36 @@ def tracked(folder: str, *suffixes: str) -> set[str]:
     }
 
 
+# Built beside the release build of this checkout, in the same environment, or cargo would compile
+# the dependencies again.
+TARGET = os.environ.get("CARGO_TARGET_DIR", str(REPO / "target"))
+
+
 @pytest.fixture(scope="module")
-def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Wheel and sdist of this checkout. The release build is reused from target/."""
+def dist(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The wheel of this checkout, the sdist, and the wheel that pip makes of the sdist."""
     out = tmp_path_factory.mktemp("dist")
     maturin = Path(sys.executable).with_name("maturin")
     if not maturin.is_file():
         pytest.skip("maturin is not in this environment: `make build` installs it")
-    subprocess.run(
-        [str(maturin), "build", "--release", "--sdist", "--quiet", "--out", str(out)],
-        cwd=REPO, check=True, timeout=900, env={**os.environ, "CARGO_TERM_COLOR": "never"},
-    )  # fmt: skip
-    return out
+    env = {
+        **os.environ, "CARGO_TERM_COLOR": "never", "CARGO_TARGET_DIR": TARGET, "PIP_QUIET": "1",
+        "VIRTUAL_ENV": sys.prefix, "PATH": f"{maturin.parent}{os.pathsep}{os.environ['PATH']}",
+    }  # fmt: skip
+    pip = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-cache-dir"]
+
+    def run(*words: str | Path) -> None:
+        subprocess.run([str(w) for w in words], cwd=REPO, check=True, timeout=900, env=env)
+
+    run(maturin, "build", "--release", "--quiet", "--out", out)
+    run(maturin, "sdist", "--out", out)
+    sdist = only(out, "*.tar.gz")
+    run(*pip, "--wheel-dir", out / "again", sdist)
+    return {
+        "checkout": only(out, "*.whl"),
+        "sdist": sdist,
+        "of sdist": only(out / "again", "*.whl"),
+    }
 
 
 def only(dist: Path, pattern: str) -> Path:
@@ -48,8 +66,11 @@ def only(dist: Path, pattern: str) -> Path:
 
 
 @pytest.mark.timeout(1200)
-def test_wheel_holds_the_tracked_kernels_recipes_and_demo_data(dist: Path) -> None:
-    wheel = only(dist, "*.whl")
+@pytest.mark.parametrize("which", ["checkout", "of sdist"])
+def test_wheel_holds_the_tracked_kernels_recipes_and_demo_data(
+    dist: dict[str, Path], which: str
+) -> None:
+    wheel = dist[which]
     assert "cp311-abi3" in wheel.name
     assert wheel.stat().st_size < MAX_WHEEL
     names = set(zipfile.ZipFile(wheel).namelist())
@@ -64,9 +85,15 @@ def test_wheel_holds_the_tracked_kernels_recipes_and_demo_data(dist: Path) -> No
 
 
 @pytest.mark.timeout(1200)
-def test_sdist_holds_the_tracked_kernels_and_every_crate(dist: Path) -> None:
-    with tarfile.open(only(dist, "*.tar.gz")) as archive:
-        members = {m.name.split("/", 1)[1] for m in archive.getmembers() if m.isfile()}
+def test_sdist_holds_the_tracked_kernels_and_every_crate(dist: dict[str, Path]) -> None:
+    """Sources byte for byte: cargo then takes for the sdist what it compiled for the checkout."""
+    with tarfile.open(dist["sdist"]) as archive:
+        files = [m for m in archive.getmembers() if m.isfile()]
+        held = {m.name.split("/", 1)[1]: archive.extractfile(m) for m in files}
+        members = set(held)
+        for name, file in held.items():
+            if name.startswith("rust/") or name in ("Cargo.lock", "pyproject.toml"):
+                assert file is not None and file.read() == (REPO / name).read_bytes(), name
     prefix = "python/embkit/kernels/"
     found = {n.removeprefix(prefix) for n in members if n.startswith(prefix)}
     assert found == tracked("kernels/embkit_kernels", ".py", ".json")
@@ -76,16 +103,18 @@ def test_sdist_holds_the_tracked_kernels_and_every_crate(dist: Path) -> None:
 
 
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("pattern", ["*.whl", "*.tar.gz"])
-def test_both_install_in_a_clean_venv_and_import(dist: Path, tmp_path: Path, pattern: str) -> None:
+@pytest.mark.parametrize("which", ["checkout", "of sdist"])
+def test_both_install_in_a_clean_venv_and_import(
+    dist: dict[str, Path], tmp_path: Path, which: str
+) -> None:
     """Dependencies come from this environment by a path file: what is tested is our package."""
     home = tmp_path / "venv"
-    venv.create(home, with_pip=True)
+    venv.create(home)
     python = home / "bin" / "python"
-    env = {**os.environ, "CARGO_TARGET_DIR": str(REPO / "target"), "PIP_QUIET": "1"}
+    env = {**os.environ, "PIP_QUIET": "1"}
     env.pop("PYTHONPATH", None)  # a developer's source tree must not stand in for the wheel
-    install = [str(python), "-m", "pip", "install", "--no-deps", str(only(dist, pattern))]
-    subprocess.run(install, check=True, timeout=900, cwd=tmp_path, env=env)
+    pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "--no-deps"]
+    subprocess.run([*pip, str(dist[which])], check=True, timeout=900, cwd=tmp_path, env=env)
     purelib = subprocess.run(
         [str(python), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
         capture_output=True, text=True, check=True,

@@ -3,8 +3,8 @@
     python kill_run.py OUT RECIPE KILLS SEED
 
 Runs go to OUT/0, OUT/1 ...: each is killed at up to KILLS_PER_RUN events in the order they come,
-and then left to finish. A program of its own: it imports everything once, steps an optimizer once
-(the first AdamW imports much more) and forks a child per attempt, so that a kill costs no start-up.
+and then left to finish. A program of its own: it does one run itself, in OUT/warm, and forks a
+child per attempt, so that a kill costs no start-up, which takes several times as long as a run.
 A kill is aimed at an event, a stage header or a line of a training log, plus up to 0.1 s.
 """
 
@@ -15,7 +15,7 @@ import os
 import random
 import sys
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from functools import partial
 from pathlib import Path
 
@@ -27,20 +27,14 @@ KILLS_PER_RUN = 8
 
 
 def main(out: Path, recipe: str, kills: int, seed: int) -> None:
+    out.mkdir(parents=True)
     import torch
 
     torch.set_num_threads(1)
-    weight = torch.zeros(2, requires_grad=True)
-    weight.sum().backward()
-    torch.optim.AdamW([weight]).step()
-    import embkit.data
-    import embkit.evaluate
-    import embkit.mine
-    import embkit.report
-    import embkit.soup
-    import embkit.train  # noqa: F401
     from embkit.pipeline import STAGES, run
 
+    with (out / "screen.txt").open("w") as screen, redirect_stdout(screen):
+        run(recipe, out=out / "warm")
     rng = random.Random(seed)
     events = [("stage", name, 0) for name in STAGES]
     for stage, folder in (("prefinetune", "pre"), ("finetune", "ft-0"), ("finetune", "ft-2")):

@@ -145,7 +145,7 @@ def held() -> tuple[int, int]:
 
 def assert_nothing_stays(once: Callable[[], None], times: int) -> None:
     """Under 2 MiB more after so many calls, and no file more."""
-    for _ in range(200):  # allocators and caches fill up first
+    for _ in range(min(times, 200)):  # allocators and caches fill up first
         once()
     gc.collect()
     before = held()
@@ -159,7 +159,7 @@ def assert_nothing_stays(once: Callable[[], None], times: int) -> None:
 
 
 def test_no_leaks_of_text_functions(tmp_path: Path) -> None:
-    """P16: 300 calls each of what reads texts, capped so that files are used: nothing stays."""
+    """P16: many calls of what reads texts, capped so that files are used: nothing stays."""
     texts = [f"a text of some words {i % 40} and then a few more of them {i}" for i in range(400)]
     raw = [t.encode() for t in texts]
     ends = np.cumsum([0, *map(len, raw)]).astype(np.uint64)
@@ -173,7 +173,7 @@ def test_no_leaks_of_text_functions(tmp_path: Path) -> None:
         _rust.contamination(shards, shards, words=5, threads=2)
         _rust.filter_texts(shards, [("words", True, 3.0, 0)], None, threads=2)
 
-    assert_nothing_stays(once, 300)
+    assert_nothing_stays(once, full_count(300, 100))
     assert not list(tmp_path.iterdir())
 
 

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
+import random
 import re
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import killing
 import numpy as np
 import pytest
 
 from embkit import container, data
 from embkit.data import embeddings
 from embkit.errors import CorruptError, UsageError
-from embkit.mine import explain, load_negatives, mine
+from embkit.mine import candidates_of, explain, load_negatives, mine
 from embkit.model import Encoder
 from embkit.recipe import Model
 
@@ -252,3 +257,167 @@ def test_wrong_arguments(encoder: Encoder, store: data.Store, tmp_path: Path) ->
     with pytest.raises(CorruptError):
         mine(encoder, tmp_path, out=out)
     assert not out.exists()
+
+
+# ---------------------------------------------------------------- blocks, vectors, several miners
+
+
+@pytest.fixture(scope="module")
+def vectors(encoder: Encoder, store: data.Store, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same vectors as the encoder's, of every row of the store, in two shards."""
+    folder = tmp_path_factory.mktemp("vectors")
+    rows = encoder.encode_rows(store, np.arange(store.rows, dtype=np.uint64))
+    np.save(folder / "part-0.npy", rows[:777])
+    np.save(folder / "part-1.npy", rows[777:])
+    return folder
+
+
+RULES: dict[str, Any] = {"k": 3, "candidates": 30, "percent_of_positive": 0.99, "skip": 1}
+
+
+def test_given_vectors_mine_what_their_encoder_mines(
+    encoder: Encoder, store: data.Store, vectors: Path, tmp_path: Path
+) -> None:
+    a = mine(encoder, store, out=tmp_path / "a", **RULES)
+    b = mine(None, store, embeddings=vectors, out=tmp_path / "b", **RULES)
+    name = f"negatives-{TASK}.safetensors"
+    assert (a / name).read_bytes() == (b / name).read_bytes()
+    assert not (b / "embeddings").exists()
+    assert explain(b, 3, store=store, embeddings=vectors) == explain(a, 3, store=store)
+    with pytest.raises(UsageError, match="lie elsewhere"):
+        explain(b, 3, store=store)
+    with pytest.raises(CorruptError, match="not the embeddings that were mined"):
+        explain(b, 3, store=store, embeddings=vectors / "part-0.npy")
+
+
+def test_vectors_that_do_not_belong_to_the_store_are_refused(
+    encoder: Encoder, store: data.Store, vectors: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "x"
+    with pytest.raises(UsageError, match="777 embeddings for the 1491 rows"):
+        mine(None, store, embeddings=vectors / "part-0.npy", out=out)
+    with pytest.raises(UsageError, match="nothing to mine with"):
+        mine(None, store, out=out)
+    rows = np.concatenate([np.load(p) for p in sorted(vectors.iterdir())])
+    path = tmp_path / "rows.safetensors"
+    about = {"model": encoder.digest(), "pooling": "mean", "width": "20", "normalised": "true"}
+    about["prompts"] = json.dumps(store.prompts)
+    for key, value in (("model", "another"), ("pooling", "cls"), ("normalised", "false"),
+                       ("prompts", '{"query": "q: "}')):  # fmt: skip
+        container.save(path, {"embedding": rows}, kind=embeddings.KIND,
+                       metadata={**about, key: value})  # fmt: skip
+        with pytest.raises(UsageError, match=f"have {key}"):
+            mine(encoder, store, embeddings=path, out=out)
+    rows[[4, 9]] = 0
+    np.save(tmp_path / "zero.npy", rows)
+    with pytest.raises(UsageError, match="2 vectors of the embeddings in zero.npy are zero"):
+        mine(None, store, embeddings=tmp_path / "zero.npy", out=out)
+    assert not out.exists()
+
+
+@pytest.mark.promise
+def test_kills_and_block_sizes_do_not_show(
+    store: data.Store, vectors: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EMBKIT_PROGRESS", "off")
+    want = files(mine(None, store, embeddings=vectors, out=tmp_path / "whole", **RULES))
+    rng = random.Random(7)
+    out, landed = tmp_path / "killed", Counter[int]()
+    for _ in range(200 if os.environ.get("EMBKIT_TEST_FULL") else 12):
+        target = rng.randint(0, 5)
+
+        def blocks() -> int:
+            return len(list(tmp_path.glob(".partial-killed-*/blocks/0-*.safetensors")))
+
+        # A block has 64 queries or a few more, as memory says; sizes change from try to try.
+        memory = rng.choice([1, 120_000, 150_000])
+        killed = killing.attempt(
+            lambda memory=memory: mine(  # type: ignore[misc]
+                None, store, embeddings=vectors, out=out, memory=memory, **RULES
+            ),
+            lambda target=target: blocks() >= target,  # type: ignore[misc]
+            rng,
+            jitter=0.01,
+        )
+        if killed:
+            landed[blocks()] += 1
+        else:
+            assert files(out) == want
+            shutil.rmtree(out)
+    mine(None, store, embeddings=vectors, out=out, memory=1, **RULES)
+    assert files(out) == want
+    assert sum(landed.values()) >= 6 and len(landed) >= 3, f"kills landed after blocks {landed}"
+
+
+def test_miners_together_give_their_own_negatives(
+    encoder: Encoder, store: data.Store, vectors: Path, tmp_path: Path
+) -> None:
+    rng = np.random.default_rng(0)
+    rows = np.concatenate([np.load(p) for p in sorted(vectors.iterdir())])
+    rows += 0.1 * rng.standard_normal(rows.shape).astype(np.float32)
+    np.save(tmp_path / "other.npy", rows / np.linalg.norm(rows, axis=1, keepdims=True))
+    one = load_negatives(mine(encoder, store, out=tmp_path / "one", **RULES), TASK)
+    two = mine(None, store, embeddings=tmp_path / "other.npy", out=tmp_path / "two", **RULES)
+    alone = [one, load_negatives(two, TASK)]
+    given: dict[str, Any] = {"embeddings": tmp_path / "other.npy", **RULES}
+    keep = mine(encoder, store, out=tmp_path / "keep", **given)
+    merge = mine([encoder], store, out=tmp_path / "merge", ensemble="merge", **given)
+    table = container.load(keep / f"negatives-{TASK}.safetensors")
+    for number, (_, row, score, rank) in enumerate(alone):
+        of = table["miner"] == number
+        for name, want in (("row", row), ("score", score), ("rank", rank)):
+            assert np.array_equal(table[name][of], want)
+    ends = table["offsets"].astype(int)
+    merged, distinct = load_negatives(merge, TASK), 0
+    for i, (a, b) in enumerate(itertools.pairwise(ends)):
+        assert (np.diff(table["rank"][a:b][table["miner"][a:b] == 0].astype(int)) > 0).all()
+        wanted = list(dict.fromkeys(table["row"][a:b].tolist()))
+        distinct += len(wanted) < b - a
+        assert merged[1][int(merged[0][i]) : int(merged[0][i + 1])].tolist() == wanted
+    assert distinct > 0
+    assert explain(keep, 0, store=store, embeddings=tmp_path / "other.npy").count("example 0") == 2
+    with pytest.raises(UsageError, match="no number 2"):
+        candidates_of(keep, 0, task=TASK, store=store, miner=2)
+
+
+def length_of(queries: list[str], passages: list[str]) -> list[float]:
+    return [len(p) + len(set(q) & set(p)) / 10 for q, p in zip(queries, passages, strict=True)]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"sample": "random"}, {"refill": "relax", "k": 9}, {"refill": "random", "k": 20},
+     {"reranker": length_of, "rerank_percent": 0.9}],
+)  # fmt: skip
+def test_explain_agrees_with_the_table(
+    store: data.Store, vectors: Path, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    given = {**RULES, **settings, "rerank_candidates": 25}
+    out = mine(None, store, embeddings=vectors, out=tmp_path / "mined", **given)
+    offsets, row, score, rank = load_negatives(out, TASK)
+    task = json.loads((out / "report.json").read_text())["tasks"][TASK]
+    counted = Counter[str]()
+    table = store.examples(TASK)
+    for i in range(0, len(table), 1 if settings else 3):
+        found, scores = candidates_of(out, i, task=TASK, store=store, embeddings=vectors)
+        counted.update(c.rule for c in found)
+        span = slice(int(offsets[i]), int(offsets[i + 1]))
+        drawn = rank[span] == 2**32 - 1
+        relaxed = (rank[span] >> 31 == 1) & ~drawn
+        want = set(zip(row[span].tolist(), score[span].tolist(), strict=True))
+        shown = {(c.row, c.score) for c in found if c.rule in ("kept", "relaxed")}
+        assert shown == {(r, s) for r, s in want if np.isfinite(s)}
+        assert sum(c.rule == "relaxed" for c in found) == relaxed.sum()
+        low = min(scores)
+        for c in found:
+            if c.rule == "percent":
+                assert c.number == pytest.approx(low - abs(low) * 0.01, abs=1e-6)
+                assert c.number is not None and c.score > c.number - 1e-6
+            if c.rule == "near_duplicate":
+                assert c.number is not None and c.number >= 0.7
+            if c.rule not in ("surplus", "beyond"):  # not looked at
+                assert (c.rank is None) == (c.rule in ("positive", "cluster", "repeat"))
+            assert c.why()
+    if settings:  # every example was looked at: the verdicts are the audit
+        audit = {k: v for k, v in task["audit"].items() if v and k in counted}
+        assert counted == audit

@@ -620,17 +620,74 @@ def compose_store(
 
 # ---------------------------------------------------------------- search
 
+_Vectors = _F32 | _U16 | Sequence[_F32 | _U16]
+
+def search_isa() -> str:
+    """The instruction set that searches run on: ``amx-int8``, ``avx512-vnni``, ``avx2`` ..."""
+
 def topk(
-    queries: _F32, corpus: _F32, k: int, threads: int = 0, progress: _Progress = None
+    queries: _Vectors,
+    corpus: _Vectors,
+    k: int,
+    memory: int = 0,
+    threads: int = 0,
+    progress: _Progress = None,
 ) -> tuple[_U32, _F32]:
     """The ``k`` corpus rows with the largest inner product per query, exactly; ties by lower row.
 
     Args:
-        queries: [nq, d]. corpus: [n, d]. k: at most n.
+        queries: float32 [nq, d], or uint16 [nq, d] with the bits of float16, or several such arrays
+            that follow one another.
+        corpus: [n, d], likewise. k: at most n.
+        memory: bytes beside vectors and result, 0 for 2 GiB; no effect on the result.
 
     Returns:
         ``(row [nq, k], score [nq, k])``, best first. Progress counts queries.
     """
+
+@final
+class Ivf:
+    """A corpus sorted into lists around centroids, for approximate search.
+
+    Args:
+        corpus: as for :func:`topk`; pass the same one to the methods.
+        lists: 0 chooses by the number of rows. seed: of the clustering.
+    """
+
+    def __new__(
+        cls,
+        corpus: _Vectors,
+        lists: int = 0,
+        seed: int = 0,
+        threads: int = 0,
+        progress: _Progress = None,
+    ) -> Ivf: ...
+    @property
+    def lists(self) -> int:
+        """How many lists there are."""
+    def calibrate(
+        self,
+        queries: _Vectors,
+        corpus: _Vectors,
+        k: int,
+        recall: float,
+        seed: int = 0,
+        memory: int = 0,
+        threads: int = 0,
+    ) -> tuple[int, float, float, int]:
+        """``(probes, recall, error, queries)``: the fewest lists per query that reach a recall, the
+        recall that they were measured to have, its standard error, and on how many queries.
+        """
+    def search(
+        self,
+        queries: _Vectors,
+        corpus: _Vectors,
+        k: int,
+        probes: int,
+        threads: int = 0,
+        progress: _Progress = None,
+    ) -> tuple[_U32, _F32]:
+        """The ``k`` nearest rows among the ``probes`` lists nearest to each query; see topk."""
 
 @final
 class NegativeFilter:

@@ -134,6 +134,12 @@ def topk(size: int) -> Call:
     return lambda progress: _rust.topk(queries, corpus, 50, threads=1, progress=progress)
 
 
+def ivf(size: int) -> Call:
+    queries, corpus = vectors(2000 * size), vectors(4000)
+    lists = _rust.Ivf(corpus, 64)
+    return lambda progress: lists.search(queries, corpus, 50, 32, threads=1, progress=progress)
+
+
 def filter_negatives(size: int) -> Call:
     nq, c, n = 500 * size, 50, 4000
     rng = np.random.default_rng(2)
@@ -167,6 +173,7 @@ CASES: dict[str, Callable[[int], Call]] = {
     "contamination": contamination,
     "NegativeFilter.run": filter_negatives,
     "filter_texts": filter_texts,
+    "ivf": ivf,
     "merge_rows": merge_rows,
     "near_duplicates": near_duplicates,
     "tokenize": tokenize,

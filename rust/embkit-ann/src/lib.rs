@@ -1,21 +1,29 @@
-//! Exact nearest neighbours, and the rules that turn them into hard negatives.
+//! Nearest neighbours of many queries at once, and the rules that turn them into hard negatives.
 //!
-//! * [`topk`]: every query against every corpus row in f32, in cache-sized blocks, with the score
-//!   matrix never written: a tile of scores is compared with each query's running k-th best while
-//!   it is still in registers, and only the survivors are looked at one by one.
+//! * [`topk`]: exact. Tiles of int8 products are compared with each query's bar while they are in
+//!   registers; what passes is scored in f32; the bar lies low enough that nothing is missed.
+//! * [`Ivf`] and [`calibrate`]: the lists nearest to each query, as many as a measured recall takes.
 //! * [`filter`]: which of the found rows are safe to call negatives, and an audit of why not.
 //!
 //! `unsafe` lives in `simd/` only; `naive` has the slow form of everything.
 #![deny(missing_docs, unsafe_op_in_unsafe_fn)]
 
+mod best;
+mod encode;
 mod filter;
+mod ivf;
 pub mod naive;
+mod recall;
 mod simd;
 mod topk;
+mod vectors;
 
 pub use filter::{
     Audit, Bounds, Candidates, Corpus, FilterParams, NONE, Negatives, Queries, RELAXED, Refill,
     Rerank, Rule, Sample, Sketches, Trace, filter,
 };
+pub use ivf::{Ivf, list_count};
+pub use recall::{Calibration, calibrate};
 pub use simd::Isa;
-pub use topk::{TopK, topk, topk_on};
+pub use topk::{SearchParams, TopK, topk};
+pub use vectors::{Part, Vectors, dot};

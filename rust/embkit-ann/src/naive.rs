@@ -6,9 +6,15 @@ use crate::filter::{
 };
 use embkit_dedup::{jaccard, shingles};
 
-/// One dot product: a chain of fused multiply-adds from the first element to the last.
+/// One inner product: sixteen sums over every sixteenth product, added in pairs.
 pub fn dot(a: &[f32], b: &[f32]) -> f32 {
-    a.iter().zip(b).fold(0f32, |sum, (x, y)| x.mul_add(*y, sum))
+    let mut sums = [0f32; 16];
+    a.iter().zip(b).enumerate().for_each(|(i, (x, y))| sums[i % 16] += x * y);
+    let pairs = |v: Vec<f32>| (0..v.len() / 2).map(|i| v[i] + v[i + v.len() / 2]).collect();
+    let eight: Vec<f32> = pairs(sums.to_vec());
+    let four: Vec<f32> = pairs(eight);
+    let two: Vec<f32> = pairs(four);
+    two[0] + two[1]
 }
 
 /// Full sort per query: (row, score), best first, ties by lower row.
@@ -16,11 +22,11 @@ pub fn topk(queries: &[f32], corpus: &[f32], d: usize, k: usize) -> Vec<Vec<(u32
     let search = |query: &[f32]| {
         let mut all: Vec<(u32, f32)> = corpus
             .chunks(d)
-            .map(|row| dot(query, row))
+            .map(|row| dot(query, row) + 0.0)
             .enumerate()
             .map(|(i, s)| (i as u32, s))
             .collect();
-        all.sort_by(|a, b| b.1.total_cmp(&(a.1 + 0.0)).then(a.0.cmp(&b.0)));
+        all.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
         all.truncate(k);
         all
     };

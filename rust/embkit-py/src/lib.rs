@@ -58,6 +58,8 @@ fn _rust(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_function(wrap_pyfunction!(compose::merge_rows, m)?)?;
     m.add_function(wrap_pyfunction!(compose::compose_store, m)?)?;
     m.add_function(wrap_pyfunction!(search::topk, m)?)?;
+    m.add_function(wrap_pyfunction!(search::search_isa, m)?)?;
+    m.add_class::<search::Ivf>()?;
     m.add_class::<negatives::NegativeFilter>()?;
     Ok(())
 }

@@ -1,31 +1,41 @@
-//! Plain Rust: 4 queries x 8 rows, in a shape that compilers vectorise.
+//! Plain Rust: 4 queries x 32 rows, in shapes that compilers vectorise.
 
-use super::{MAX_MR, MAX_TILE};
+use super::{Bars, Hits, MAX_MR, NR, above};
 
-const MR: usize = 4;
-const NR: usize = 8;
+pub(super) const MR: usize = 4;
 
-pub(super) fn tile(
-    queries: &[f32],
-    panel: &[f32],
-    least: &[f32; MAX_MR],
-    scores: &mut [f32; MAX_TILE],
-    above: &mut [u32; MAX_MR],
+pub(super) fn tile(queries: &[f32], panel: &[f32], bars: &Bars, hits: &mut Hits) {
+    let (queries, _) = queries.as_chunks::<MR>();
+    let (panel, _) = panel.as_chunks::<NR>();
+    for i in 0..MR {
+        let mut sum = [0f32; NR];
+        for (q, p) in queries.iter().zip(panel) {
+            // Not `mul_add`: without an FMA instruction that is a library call per element.
+            (0..NR).for_each(|j| sum[j] += q[i] * p[j]);
+        }
+        hits.scores[i] = sum;
+    }
+    above(bars, hits, MR);
+}
+
+pub(super) fn int8_tile(
+    queries: &[[i8; 4]],
+    start: &[i32; MAX_MR],
+    panel: &[[u8; 4]],
+    scale: &[f32; NR],
+    bars: &Bars,
+    hits: &mut Hits,
 ) {
     let (queries, _) = queries.as_chunks::<MR>();
     let (panel, _) = panel.as_chunks::<NR>();
-    let mut sum = [[0f32; NR]; MR];
-    for (q, p) in queries.iter().zip(panel) {
-        for i in 0..MR {
-            for j in 0..NR {
-                // Not `mul_add`: without an FMA instruction that is a library call per element.
-                sum[i][j] += q[i] * p[j];
+    for i in 0..MR {
+        let mut sum = [start[i]; NR];
+        for (q, p) in queries.iter().zip(panel) {
+            for (sum, p) in sum.iter_mut().zip(p) {
+                *sum += q[i].iter().zip(p).map(|(q, p)| i32::from(*q) * i32::from(*p)).sum::<i32>();
             }
         }
+        (0..NR).for_each(|j| hits.scores[i][j] = sum[j] as f32 * scale[j]);
     }
-    let (rows, _) = scores.as_chunks_mut::<NR>();
-    for (((sum, row), least), above) in sum.iter().zip(rows).zip(least).zip(above) {
-        *row = *sum;
-        *above = row.iter().enumerate().fold(0, |bits, (j, s)| bits | u32::from(s > least) << j);
-    }
+    above(bars, hits, MR);
 }

@@ -1,0 +1,56 @@
+//! AVX-512 VNNI: 12 queries x 32 rows, 24 accumulators of 16 lanes, 4 products a lane and step.
+
+use super::{Bars, Hits, MAX_MR, NR};
+use std::arch::x86_64::{
+    _CMP_GT_OQ, _mm512_cmp_ps_mask, _mm512_cvtepi32_ps, _mm512_dpbusd_epi32, _mm512_loadu_ps,
+    _mm512_loadu_si512, _mm512_mul_ps, _mm512_set1_epi32, _mm512_set1_ps, _mm512_storeu_ps,
+};
+
+pub(super) const MR: usize = 12;
+
+#[target_feature(enable = "avx512f,avx512vnni")]
+pub(super) fn tile(
+    queries: &[[i8; 4]],
+    start: &[i32; MAX_MR],
+    panel: &[[u8; 4]],
+    scale: &[f32; NR],
+    bars: &Bars,
+    hits: &mut Hits,
+) {
+    let (queries, _) = queries.as_chunks::<MR>();
+    let (panel, _) = panel.as_chunks::<NR>();
+    let mut sum = [[_mm512_set1_epi32(0); 2]; MR];
+    for i in 0..MR {
+        sum[i] = [_mm512_set1_epi32(start[i]); 2];
+    }
+    for (q, p) in queries.iter().zip(panel) {
+        // SAFETY: `p` has 32 groups of 4 bytes; the loads cover 0..16 and 16..32.
+        let (low, high) = unsafe {
+            (_mm512_loadu_si512(p.as_ptr().cast()), _mm512_loadu_si512(p.as_ptr().add(16).cast()))
+        };
+        for i in 0..MR {
+            let a = _mm512_set1_epi32(i32::from_le_bytes(q[i].map(|v| v as u8)));
+            sum[i][0] = _mm512_dpbusd_epi32(sum[i][0], low, a);
+            sum[i][1] = _mm512_dpbusd_epi32(sum[i][1], high, a);
+        }
+    }
+    // SAFETY: `scale` has 32 elements; the loads cover 0..16 and 16..32.
+    let scale =
+        unsafe { [_mm512_loadu_ps(scale.as_ptr()), _mm512_loadu_ps(scale.as_ptr().add(16))] };
+    for i in 0..MR {
+        let bar = _mm512_set1_ps(bars[i]);
+        let low = _mm512_mul_ps(_mm512_cvtepi32_ps(sum[i][0]), scale[0]);
+        let high = _mm512_mul_ps(_mm512_cvtepi32_ps(sum[i][1]), scale[1]);
+        let above = u32::from(_mm512_cmp_ps_mask::<_CMP_GT_OQ>(low, bar))
+            | u32::from(_mm512_cmp_ps_mask::<_CMP_GT_OQ>(high, bar)) << 16;
+        hits.above[i] = above;
+        if above != 0 {
+            let row = &mut hits.scores[i];
+            // SAFETY: `row` has 32 elements; the stores cover 0..16 and 16..32.
+            unsafe {
+                _mm512_storeu_ps(row.as_mut_ptr(), low);
+                _mm512_storeu_ps(row.as_mut_ptr().add(16), high);
+            }
+        }
+    }
+}

@@ -143,9 +143,12 @@ def _shard(texts: Sequence[str] | None, n: int, name: str) -> list[Shard]:
         return []
     if len(texts) != n:
         raise UsageError(f"{len(texts)} texts for {n} {name}.", fix="give one text for each vector")
-    encoded = [t.encode() for t in texts]
-    counts = np.fromiter(map(len, encoded), np.int64, len(encoded))
-    return [(np.frombuffer(b"".join(encoded), np.uint8), offsets_of(counts))]
+    joined_texts, counts = bytearray(), np.empty(n, np.int64)
+    for i, text in enumerate(texts):  # one by one: a list of all encoded ones is a second copy
+        data = text.encode()
+        joined_texts += data
+        counts[i] = len(data)
+    return [(np.frombuffer(joined_texts, np.uint8), offsets_of(counts))]
 
 
 def _clusters(given: Array | None, n: int, shards: list[Shard], m: int) -> tuple[Array, Array]:

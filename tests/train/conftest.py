@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fake_miner
 import numpy as np
 import pytest
 import torch
@@ -178,6 +179,15 @@ def make_store(tmp_path: Path) -> Callable[..., Store]:
 def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
     """90 examples of each of three tasks."""
     return write_store(tmp_path_factory.mktemp("data") / "store", *texts_and_tables(0, 90))
+
+
+@pytest.fixture(scope="session")
+def ranked(store: Store, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory of ranked negatives for the store: those of ``fake_miner.py`` for no weights."""
+    model = tmp_path_factory.mktemp("ranked")
+    (model / "model.safetensors").write_bytes(b"")
+    fake_miner.main(str(store.path), str(model), str(model / "mined"))
+    return model / "mined"
 
 
 @pytest.fixture

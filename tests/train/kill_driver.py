@@ -1,6 +1,8 @@
 """Runs a small training, killing it on purpose again and again; prints what came of it as JSON.
 
-    python kill_driver.py STORE MODEL OUT KILLS SEED
+    python kill_driver.py STORE MODEL OUT KILLS SEED [NEGATIVES]
+
+With NEGATIVES to start from, hard negatives are replaced during training and mined again beside it.
 
 Children are forked from a process that has everything imported. A child counts events (a log line,
 a file or directory published) and kills itself with SIGKILL just before or just after one of them,
@@ -25,8 +27,11 @@ import torch
 from embkit import _rust, container
 from embkit.data import Store
 from embkit.model import Encoder
-from embkit.train import finetune
+from embkit.recipe import Dynamic
+from embkit.train import Miner, finetune
 from embkit.train.log import Log
+
+FAKE = Path(__file__).parents[1] / "fake_miner.py"
 
 SETTINGS: dict[str, Any] = {
     "steps": 24,
@@ -37,6 +42,11 @@ SETTINGS: dict[str, Any] = {
     "checkpoint_every": 3,
     "token_budget": 400,
     "seed": 11,
+}
+CHANGING: dict[str, Any] = {
+    "dynamic": Dynamic(rule="conan-v2", first=0, lag=4, floor=1.01),
+    "refresh_every": 8,
+    "refresh_lag": 5,
 }
 
 
@@ -65,6 +75,8 @@ def arm(limit: int, after: bool, landing: int) -> None:
         path = str(args[-1] if len(args) == 2 and str(args[1]).startswith("/") else args[0])
         if "checkpoints" in path:
             return "checkpoint"
+        if "/refresh/" in path:
+            return "refresh"
         return "step" if path.endswith("log.jsonl") else "publish"
 
     Log.write = wrap(lambda *_: "step", Log.write)  # type: ignore[method-assign]
@@ -99,11 +111,22 @@ def summary(out: Path) -> dict[str, Any]:
     }
     files.pop("manifest.json")  # lists README.md
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    return {"files": files, "loss_hex": [x["loss_hex"] for x in lines]}
+    return {
+        "files": files,
+        "loss_hex": [x["loss_hex"] for x in lines],
+        "changes": [[x["step"], x[k]] for x in lines for k in ("negatives", "refresh") if k in x],
+    }
 
 
 def main() -> None:
-    store_path, model, out, kills, seed = sys.argv[1:]
+    store_path, model, out, kills, seed, *given = sys.argv[1:]
+    if given:
+        words = [sys.executable, str(FAKE), store_path]
+        SETTINGS.update(
+            CHANGING,
+            negatives=given[0],
+            refresh=Miner(command=lambda m, o: [*words, str(m), str(o)]),
+        )
     torch.set_num_threads(1)
     store, encoder = Store(store_path), Encoder.from_pretrained(model, dropout=0.1)
     folder, random_ = Path(out), random.Random(int(seed))

@@ -235,7 +235,7 @@ def test_a_run_equals_the_replay_of_its_scores(
         with monkeypatch.context() as patch:
             patch.setattr("embkit.train.negatives.mean_scores", spy)
             finetune(
-                make_encoder(), store, negatives=mined, out=out, dynamic=settings,
+                make_encoder(layers=1), store, negatives=mined, out=out, dynamic=settings,
                 data_threads=threads, **SETTINGS,
             )  # fmt: skip
         logs.append((out / "log.jsonl").read_bytes())

@@ -82,18 +82,33 @@ def test_two_data_threads_give_the_same_bits(
 
 
 @pytest.mark.parametrize(
-    "kills", [12, pytest.param(200, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])]
+    ("kills", "changing"),
+    [
+        (12, False),
+        (6, True),
+        pytest.param(200, False, marks=[pytest.mark.slow, pytest.mark.timeout(1800)]),
+        pytest.param(200, True, marks=[pytest.mark.slow, pytest.mark.timeout(1800)]),
+    ],
 )
 @pytest.mark.promise
 def test_killed_runs_equal_an_uninterrupted_one(
-    store: Store, make_encoder: Callable[..., Encoder], tmp_path: Path, kills: int
+    store: Store,
+    make_encoder: Callable[..., Encoder],
+    ranked: Path,
+    tmp_path: Path,
+    kills: int,
+    changing: bool,
 ) -> None:
-    """P3, P4: SIGKILL in steps, checkpoints and publishing; dropout on; three epoch ends."""
+    """P3, P4: SIGKILL in steps, checkpoints and publishing; dropout on; three epoch ends.
+
+    ``changing``: with hard negatives that are replaced, and mined again beside the training.
+    """
     model = make_encoder().export(tmp_path / "model")
     work = tmp_path / "work"
     work.mkdir()
+    words = [store.path, model, work, kills, 1, *([ranked] if changing else [])]
     done = subprocess.run(
-        [sys.executable, str(DRIVER), str(store.path), str(model), str(work), str(kills), "1"],
+        [sys.executable, str(DRIVER), *map(str, words)],
         env={**os.environ, "OMP_NUM_THREADS": "1", "EMBKIT_PROGRESS": "off"},
         capture_output=True, text=True, timeout=1700, check=False,
     )  # fmt: skip
@@ -105,8 +120,15 @@ def test_killed_runs_equal_an_uninterrupted_one(
     print("kills landed in", report["landings"])
     assert sum(report["landings"].values()) == kills
     least = 30 if kills >= 200 else 1
-    assert min(report["landings"].get(p, 0) for p in ("step", "checkpoint")) >= least
+    if kills > 6:
+        assert min(report["landings"].get(p, 0) for p in ("step", "checkpoint")) >= least
     assert len(report["whole"]["loss_hex"]) == 24
+    changes = report["whole"]["changes"]
+    if changing:
+        assert [step for step, found in changes if "weights" in found] == [14, 22]
+        assert sum(c["retrieval"]["replaced"] for _, c in changes if "retrieval" in c) > 20
+    else:
+        assert not changes
     for one in report["rounds"]:
         assert one == report["whole"]
     assert not [name for name in report["left"] if name.startswith(".")]

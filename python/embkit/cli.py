@@ -325,13 +325,20 @@ def finetune(
     set_: Set = None,
 ) -> None:
     """Train on single-task batches, with mined hard negatives when given."""
-    from embkit import train
+    from embkit import pipeline, train
     from embkit.data import Store
     from embkit.model import Encoder
 
     chosen = _settings(settings, set_)
     encoder = Encoder.from_pretrained(model)
-    train.finetune(encoder, Store(store), negatives=negatives, out=out, config=chosen.finetune)
+    train.finetune(
+        encoder,
+        Store(store),
+        negatives=negatives,
+        refresh=pipeline.miner(chosen, store),
+        out=out,
+        config=chosen.finetune,
+    )
     _done(out)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from embkit.recipe import Recipe
 if TYPE_CHECKING:
     from embkit.data import Store
     from embkit.model import Encoder
+    from embkit.train import Miner
 
 STAGES = (
     "read",
@@ -110,7 +112,14 @@ class _Run:
         tuned = []
         for i in range(len(recipe.runs)):
             config = recipe.run_config(i)
-            finetune(pre, store, negatives=mined, out=out / f"ft-{i}", config=config)
+            finetune(
+                pre,
+                store,
+                negatives=mined,
+                refresh=miner(recipe, store.path),
+                out=out / f"ft-{i}",
+                config=config,
+            )
             tuned.append(out / f"ft-{i}")
 
         self._stage("soup", "uniform and greedy, judged on dev")
@@ -322,6 +331,22 @@ def tokenizer_options(recipe: Recipe) -> dict[str, Any]:
     }
 
 
+def miner(recipe: Recipe, store: Path) -> Miner:
+    """How a refresh mines during fine-tuning: `embkit mine` with the recipe's rules."""
+    from embkit.train import Miner
+
+    options = dict(recipes.to_table(recipe)["mine"])
+    settings = [
+        word for key, value in options.items() for word in ("--set", f"mine.{key}={_toml(value)}")
+    ]
+
+    def command(model: Path, out: Path) -> list[str]:
+        words = [sys.executable, "-m", "embkit", "mine", str(model), str(store)]
+        return [*words, "--out", str(out), "--recipe", "quickstart", *settings]
+
+    return Miner(command=command, params=options)
+
+
 def start_encoder(recipe: Recipe, store: Store, *, model: str | None = None) -> Encoder:
     """The encoder that training starts from: ``model``, the recipe's path, or a new small BERT."""
     from embkit.model import Encoder
@@ -433,6 +458,15 @@ def _sample_texts(data: Path) -> list[str]:
     columns = ("queries", "corpus", "first", "test")
     sets = load_split(data / "test")
     return [text for found in sets for name in columns for text in getattr(found, name, [])[:16]]
+
+
+def _toml(value: Any) -> str:
+    """A value as `--set` takes it."""
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{json.dumps(k)} = {_toml(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_toml, value)) + "]"
+    return json.dumps(value)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

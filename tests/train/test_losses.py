@@ -14,7 +14,7 @@ from naive_batches import TaskData, dense
 
 from embkit.errors import CorruptError, UsageError
 from embkit.losses import Sides, compute, explain
-from embkit.recipe import Train
+from embkit.recipe import Dynamic, Train
 
 DIMS = (12, 5)
 
@@ -206,6 +206,11 @@ def test_explain_names_the_numbers() -> None:
     for word in ("0.05", "63 other rows", "3 hard negatives", "scale 15", "own class"):
         assert word in text
     assert "hard negatives, drawn" not in explain(Train())
+    moving = explain(Train(hard_negatives=3, dynamic=Dynamic(rule="conan-v1")))
+    assert (
+        "its own 3 hard negatives, a slice of those mined for it, which moves on by conan-v1"
+        in moving
+    )
 
 
 def test_bad_tables(table: Any) -> None:

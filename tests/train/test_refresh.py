@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import sys
@@ -13,12 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from embkit import container
+from embkit import container, pipeline
 from embkit.data import Store
 from embkit.errors import CorruptError, EmbkitError, Preempted, UsageError
 from embkit.mine import load_negatives
 from embkit.model import Encoder
-from embkit.recipe import Dynamic
+from embkit.recipe import Dynamic, from_table, load
 from embkit.train import Miner, finetune, negatives, refresh
 
 FAKE = Path(__file__).parents[1] / "fake_miner.py"
@@ -99,6 +100,29 @@ def test_tables_are_swapped_on_schedule(
     assert sum(x["negatives"]["retrieval"]["replaced"] for x in lines if "negatives" in x) > 20
     state = json.loads(runs[0]["checkpoints/step-000025/state.json"])
     assert state["refresh"]["table"] == "negatives-000016" and not state["refresh"]["weights"]
+
+
+def test_the_miner_of_a_recipe_mines(
+    store: Store, ranked: Path, make_encoder: Callable[..., Encoder], tmp_path: Path
+) -> None:
+    """The command that the pipeline and `embkit finetune` give: `embkit mine`, by its own rules."""
+    given = from_table(
+        {"mine": {"k": 12, "percent_of_positive": 1.0, "near_duplicate": 0.9}}, where="test"
+    )
+    chosen = pipeline.miner(given, store.path)
+    words = list(chosen.command(tmp_path / "model", tmp_path / "out"))
+    settings = [words[i + 1] for i, word in enumerate(words) if word == "--set"]
+    assert load("quickstart", overrides=settings).mine == given.mine
+    assert words[2:6] == ["embkit", "mine", str(tmp_path / "model"), str(store.path)]
+    if not os.environ.get("EMBKIT_TEST_FULL"):
+        return  # a process that imports torch costs seconds
+    finetune(
+        make_encoder(layers=1), store, negatives=ranked, refresh=chosen, out=tmp_path / "run",
+        **{**SETTINGS, "steps": 14},
+    )  # fmt: skip
+    lines = (tmp_path / "run/log.jsonl").read_text().splitlines()
+    swapped = json.loads(lines[13])["refresh"]
+    assert swapped["weights"] == 8 and swapped["changed"]["retrieval"] > 0.5
 
 
 def test_a_preempted_run_goes_on_with_the_same_bits(

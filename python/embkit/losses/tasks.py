@@ -100,11 +100,11 @@ def explain(config: Train) -> str:
     """
     b, h = config.batch_size, config.hard_negatives
     others = f"the {b - 1} other rows' positives"
-    own = (
-        f" and its own {h} hard negatives, drawn anew each epoch from those mined for it"
-        if h
-        else ""
-    )
+    if config.dynamic.on:
+        drawn = f"a slice of those mined for it, which moves on by {config.dynamic.rule}"
+    else:
+        drawn = "drawn anew each epoch from those mined for it"
+    own = f" and its own {h} hard negatives, {drawn}" if h else ""
     return "\n".join(
         [
             f"retrieval: InfoNCE, temperature {config.temperature:g}, {b} rows of one task.",

@@ -194,7 +194,8 @@ def mined(store: Store, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Ranked lists of 40 for the small store."""
     model = Model(hidden=32, layers=1, heads=2, intermediate=32, dims=(32,))
     return mine(
-        Encoder.from_config(model, store.tokenizer), store, k=40, candidates=64, rerank_candidates=40,
+        Encoder.from_config(model, store.tokenizer), store,
+        k=40, candidates=64, rerank_candidates=40,
         out=tmp_path_factory.mktemp("dynamic") / "mined",
         percent_of_positive=None, near_duplicate=None,
     )  # fmt: skip

@@ -208,7 +208,7 @@ def main(way: str, home: Path) -> None:
         q, p, positive = (np.array(kept[x]) for x in ("queries", "passages", "positive"))
     texts = json.loads((home / "texts.json").read_text())
     if way == "embkit":
-        import embkit.search  # noqa: F401 - the import is not the work
+        from embkit.mine import mine_vectors  # noqa: F401 - the import is not the work
 
         do: Any = lambda: _ours(q, p, positive, texts)  # noqa: E731
     else:

@@ -147,6 +147,23 @@ def test_the_result_does_not_depend_on_copies_blocks_or_threads() -> None:
     assert again.audit["repeat"] > want.audit["repeat"]
 
 
+def test_an_approximate_search_is_the_same_in_every_block() -> None:
+    rng = np.random.default_rng(0)
+    centres = unit(rng, 60, 16)
+    corpus = centres[rng.integers(0, 60, 6000)] + 0.1 * unit(rng, 6000, 16)
+    corpus /= np.linalg.norm(corpus, axis=1, keepdims=True)
+    queries = corpus[rng.permutation(6000)[:700]] + 0.05 * unit(rng, 700, 16)
+    positives = (queries @ corpus.T).argmax(axis=1)
+    settings: dict[str, Any] = {"near_duplicate": None, "engine": "ivf", "recall": 0.9, "k": 5}
+    want = mine_vectors(queries, corpus, positives, **settings)
+    assert want.report["engine"] == "ivf" and want.report["recall"] >= 0.9
+    for memory in (1, 1 << 18):
+        found = mine_vectors(queries, corpus, positives, memory=memory, threads=2, **settings)
+        for name in ("offsets", "row", "score", "rank"):
+            assert np.array_equal(getattr(found, name), getattr(want, name))
+        assert found.report == want.report
+
+
 def test_a_reranker_is_asked_in_batches_and_agrees_with_a_loop(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -99,7 +99,7 @@ def mine_vectors(
             vectors=c, name=np.arange(len(c), dtype=np.uint64), cluster=cluster,
             shards=shards if chosen.near_duplicate is not None else [],
         ),
-        chosen, room=room_for(offsets, rows, cluster), memory=memory, threads=threads,
+        q, chosen, room=room_for(offsets, rows, cluster), memory=memory, threads=threads,
         reranker=as_reranker(reranker), text=everything.__getitem__,
     )  # fmt: skip
     score = q.dot(owners(offsets), c, rows.astype(np.int64))
@@ -108,8 +108,7 @@ def mine_vectors(
     for first, last in spans(len(q), miner.block):
         span = slice(int(offsets[first]), int(offsets[last]))
         block = Block(
-            vectors=q.span(first, last),
-            list=np.arange(last - first, dtype=np.uint32),
+            query=np.arange(first, last),
             number=np.arange(first, last, dtype=np.uint64),
             own=np.zeros(0, np.uint32),
             cluster=own[first:last],

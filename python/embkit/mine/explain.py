@@ -102,9 +102,8 @@ def candidates_of(
     about = manifest["explain"]
     if not 0 <= miner < len(about["miners"]):
         raise UsageError(f"There are {len(about['miners'])} miners, no number {miner}.")
-    rules = Rules(**about["rules"])
-    if rules.engine != "torch":  # one query against everything: exact is the quickest
-        rules = dataclasses.replace(rules, engine="exact", recall=1.0)
+    # For one query against everything exact is the quickest.
+    rules = dataclasses.replace(Rules(**about["rules"]), engine="exact", recall=1.0)
     vectors = _vectors(directory, manifest, about["miners"][miner], embeddings)
     with TemporaryDirectory(prefix="embkit-") as scratch:
         mined = Task(opened, opened.examples(task), vectors, rules, Path(scratch) / "corpus")

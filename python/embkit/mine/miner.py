@@ -14,7 +14,7 @@ from embkit.data.tables import Array, Shard, offsets_of, owners, take_jagged
 from embkit.mine.matrix import Matrix
 from embkit.mine.rerank import Reranker, score_pairs
 from embkit.recipe import Rules
-from embkit.search import search
+from embkit.search import Searcher, search
 
 NONE = 0xFFFFFFFF  # a rank or row that is none
 DEEPEST = 4096  # candidates of a query whose first list was full of copies
@@ -74,15 +74,14 @@ class Block:
     """Some queries with their positives.
 
     Attributes:
-        vectors: F32 [u, d] or views that follow one another, of distinct queries.
-        list: U32 [m], the vector of each query. number: U64 [m], its number among all.
+        query: int64 [m], the vector of each query among all of the miner's.
+        number: U64 [m], its number among all.
         own: U32 [m], its row in the corpus, or NONE; may be empty.
         cluster: U64 [m]; may be empty. text: U64 [m], its row in the texts; may be empty.
         offsets: U64 [m+1]; positive: U32, rows in the corpus; score: F32, of the positives.
     """
 
-    vectors: Any
-    list: Array
+    query: Array
     number: Array
     own: Array
     cluster: Array
@@ -92,29 +91,20 @@ class Block:
     score: Array
 
     def take(self, at: Array) -> Block:
-        """The queries at ``at``, each with a vector of its own."""
+        """The queries at ``at``."""
         offsets, positive, score = take_jagged(self.offsets, at, self.positive, self.score)
-        parts = [self.vectors] if isinstance(self.vectors, np.ndarray) else self.vectors
         some = {n: v[at] if len(v) else v for n in _PER_QUERY for v in [getattr(self, n)]}
-        return replace(
-            self,
-            vectors=Matrix(parts, "queries").take(self.list[at].astype(np.int64)),
-            list=np.arange(len(at), dtype=np.uint32),
-            offsets=offsets,
-            positive=positive,
-            score=score,
-            **some,
-        )
+        return replace(self, offsets=offsets, positive=positive, score=score, **some)
 
 
-_PER_QUERY = ("number", "own", "cluster", "text")
+_PER_QUERY = ("query", "number", "own", "cluster", "text")
 
 
 class Miner:
     """Mines block after block in one corpus.
 
     Args:
-        passages: the corpus.
+        passages: the corpus. queries: the vectors of all queries.
         rules: all of them.
         room: most rows that positives and their clusters may take of one query's list.
         memory: bytes for blocks and search, 0 for a default.
@@ -124,6 +114,7 @@ class Miner:
     def __init__(
         self,
         passages: Passages,
+        queries: Matrix,
         rules: Rules,
         *,
         room: int,
@@ -132,16 +123,21 @@ class Miner:
         reranker: Reranker | None = None,
         text: Callable[[int], str] | None = None,
     ) -> None:
-        self.passages, self.rules, self.threads = passages, rules, threads
+        self.passages, self.queries = passages, queries
+        self.rules, self.threads = rules, threads
         self.reranker, self.text = reranker, text
         self.filter = _rust.NegativeFilter(passages.cluster, passages.name, passages.shards)
         self.n = len(passages.vectors)
         self.depth = min(rules.candidates + min(room, _EXTRA), self.n)
         # Half of the memory holds a block, the rest is the search's own.
         self.memory = memory // 2
-        each = 4 * passages.vectors.width + 12 * self.depth + 32 * rules.k
+        each = 16 * self.depth + 32 * rules.k
         self.block = max(_LEAST, ((memory // 2) or _BYTES) // each)
-        self.report: dict[str, Any] = {}
+        # Prepared for all queries, so that no result depends on how they are cut into blocks.
+        self.searcher = Searcher(
+            queries.parts, passages.vectors.parts, self.depth, engine=rules.engine,
+            recall=rules.recall, memory=self.memory, seed=rules.seed, threads=threads,
+        )  # fmt: skip
 
     def mine(self, block: Block, progress: Progress = None) -> dict[str, Any]:
         """Negatives of a block: offsets, row, score, rank, audit, and rerank tables.
@@ -168,9 +164,10 @@ class Miner:
         """
         depth = self.depth
         while True:
-            row, score = self._search(block, depth, None)
+            row, score, lists = self._search(block, depth, None)
             options = self._options(depth, trace=True)
-            found = self._run(block, row, score, options, _tuple(table) if table else None)
+            given = _tuple(table) if table else None
+            found = self._run(block, (row, score, lists), options, given)
             if not len(found["shallow"]) or depth >= self._deepest():
                 return row, score, found
             depth = min(4 * depth, self._deepest())
@@ -178,42 +175,53 @@ class Miner:
     def _deepest(self) -> int:
         return min(self.n, max(DEEPEST, self.depth))
 
-    def _search(self, block: Block, depth: int, progress: Progress) -> tuple[Array, Array]:
-        rules = self.rules
-        found = search(
-            block.vectors,
-            self.passages.vectors.parts,
-            depth,
-            engine=rules.engine,
-            recall=rules.recall,
-            memory=self.memory,
-            seed=rules.seed,
-            threads=self.threads,
-            progress=progress,
-        )
-        self.report = self.report or dict(found.report)
-        return found.row, found.score
+    def _search(self, block: Block, depth: int, progress: Progress) -> tuple[Array, Array, Array]:
+        """Rows and scores [u, depth] of the block's distinct queries, and each query's list."""
+        distinct, back = np.unique(block.query, return_inverse=True)
+        back = back.reshape(-1).astype(np.uint32)
+        if depth != self.depth:  # a few queries, deeper: exactly, whatever the engine
+            found = search(
+                self.queries.take(distinct), self.passages.vectors.parts, depth, engine="exact",
+                memory=self.memory, threads=self.threads,
+            )  # fmt: skip
+            return found.row, found.score, back
+        ends = np.flatnonzero(np.diff(distinct) != 1) + 1  # of runs of successive queries
+        parts, done = [], 0
+        for run in np.split(distinct, ends):
+            first, last = int(run[0]), int(run[-1]) + 1
+            parts.append(self.searcher.search(first, last, progress=shifted(progress, done)))
+            done += last - first
+        if len(parts) == 1:
+            return parts[0].row, parts[0].score, back
+        row, score = ([getattr(p, name) for p in parts] for name in ("row", "score"))
+        return np.concatenate(row), np.concatenate(score), back
+
+    @property
+    def report(self) -> dict[str, Any]:
+        """How it was searched; nothing that differs between machines."""
+        return {k: v for k, v in self.searcher.report.items() if k != "isa"}
 
     def _options(self, depth: int, **more: Any) -> dict[str, Any]:
         return {**rust_rules(self.rules), "defer": depth < self._deepest(), **more}
 
-    def _run(self, block: Block, row: Array, score: Array, options: Any, rerank: Any) -> Any:
+    def _run(self, block: Block, lists: Any, options: Any, rerank: Any) -> Any:
+        row, score, own = lists
         queries = (
-            block.list, block.number, block.own, block.cluster, block.text, block.offsets,
+            own, block.number, block.own, block.cluster, block.text, block.offsets,
             block.positive, block.score,
         )  # fmt: skip
         return self.filter.run(row, score, queries, options, rerank, threads=self.threads)
 
     def _settle(self, block: Block, depth: int, progress: Progress) -> dict[str, Any]:
         """Search and rules at one depth; the reranker sees what the rules leave."""
-        row, score = self._search(block, depth, progress)
+        lists = self._search(block, depth, progress)
         options = self._options(depth)
         if self.reranker is None:
-            return dict(self._run(block, row, score, options, None))
+            return dict(self._run(block, lists, options, None))
         pool = {**options, "pool": self.rules.rerank_candidates}
-        left = self._run(block, row, score, pool, None)
+        left = self._run(block, lists, pool, None)
         table = self._rerank(block, left)
-        found = dict(self._run(block, row, score, pool, _tuple(table)))
+        found = dict(self._run(block, lists, pool, _tuple(table)))
         return found | table
 
     def _rerank(self, block: Block, left: dict[str, Any]) -> dict[str, Array]:

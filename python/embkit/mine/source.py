@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from embkit import container
 from embkit.data.embeddings import KIND, Embeddings
@@ -38,10 +37,6 @@ class StoreVectors:
         if self.rows is None:
             return rows.astype(np.int64)
         return np.searchsorted(self.rows, rows)
-
-    def get(self, rows: Array) -> NDArray[np.float32]:
-        """Vectors F32 [n, d] of store rows."""
-        return self.matrix.take(self.at(rows))
 
     def corpus(self, rows: Array, scratch: Path, memory: int) -> Matrix:
         """The rows as a matrix to search in: views where they lie together, else a copy that goes

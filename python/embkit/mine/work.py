@@ -201,11 +201,11 @@ class _Run:
             parts.append(done)
             first += len(done["offsets"]) - 1
             progress.update(start + first)
-        scratch.unlink(missing_ok=True)
-        if task.miner.report:  # not in report.json: it has times, and a resumed run has none
-            say(f"{table.name}: searched with {_shown(task.miner.report)}")
+        for path in (scratch, scratch.with_name(f"{scratch.name}.q")):
+            path.unlink(missing_ok=True)
+        say(f"{table.name}: searched with {_shown(parts[0]['search'])}")
         positive = np.concatenate([p["positive"] for p in parts])
-        return joined(parts) | {"positive": positive}
+        return joined(parts) | {"positive": positive, "search": parts[0]["search"]}
 
     def _publish(self, table: Examples, found: list[dict[str, Any]]) -> dict[str, Any]:
         """Write a task's table; returns its part of the report."""
@@ -228,7 +228,10 @@ class _Run:
                 )
         audits = [one["audit"] for one in found]
         shown = reports.of_task(self.store, table, columns, found[0]["positive"], added(audits))
-        return shown | ({"miners": audits} if len(audits) > 1 else {})
+        shown["search"] = found[0]["search"]
+        if len(found) > 1:
+            shown["miners"] = [{"audit": one["audit"], "search": one["search"]} for one in found]
+        return shown
 
 
 class Task:
@@ -261,8 +264,13 @@ class Task:
             cluster=cluster,
             shards=store.raw if rules.near_duplicate is not None else [],
         )
+        # One search for equal queries, which are numbered as they come.
+        distinct, first, back = np.unique(table.query, return_index=True, return_inverse=True)
+        order = np.argsort(first)
+        self.place = np.argsort(order)[back.reshape(-1)]
+        queries = vectors.corpus(distinct[order], scratch.with_name(f"{scratch.name}.q"), memory)
         self.miner = Miner(
-            passages, rules, room=room_for(table.positive_offsets, self.positive, cluster),
+            passages, queries, rules, room=room_for(table.positive_offsets, self.positive, cluster),
             memory=memory, threads=threads, reranker=reranker, text=store.text,
         )  # fmt: skip
 
@@ -272,13 +280,11 @@ class Task:
         span = slice(int(table.positive_offsets[first]), int(table.positive_offsets[last]))
         offsets = table.positive_offsets[first : last + 1] - table.positive_offsets[first]
         query = table.query[first:last]
-        distinct, back = np.unique(query, return_inverse=True)  # one search for equal queries
         own = np.searchsorted(self.rows, query)
         inside = self.rows[np.minimum(own, len(self.rows) - 1)] == query
         mine, its = vectors.at(query[owners(offsets)]), vectors.at(table.positive[span])
         return Block(
-            vectors=vectors.get(distinct),
-            list=back.reshape(-1).astype(np.uint32),
+            query=self.place[first:last],
             number=np.arange(first, last, dtype=np.uint64),
             own=np.where(inside, own, NONE).astype(np.uint32),
             cluster=self.store.cluster(query),
@@ -291,7 +297,8 @@ class Task:
     def mine(self, first: int, last: int, progress: Any = None) -> dict[str, Any]:
         """Their negatives."""
         block = self.block(first, last)
-        return self.miner.mine(block, progress) | {"positive": block.score}
+        found = self.miner.mine(block, progress)
+        return found | {"positive": block.score, "search": self.miner.report}
 
 
 def together(found: list[dict[str, Any]], ensemble: str) -> dict[str, Array]:
@@ -323,9 +330,9 @@ def folder(number: int) -> str:
 
 def save_block(path: Path, block: dict[str, Any]) -> None:
     """Write a block of queries, whole or not at all."""
-    audit = json.dumps(block["audit"])
-    tensors = {name: value for name, value in block.items() if name != "audit"}
-    container.save(path, tensors, kind=BLOCK_KIND, metadata={"audit": audit})
+    about = {name: json.dumps(block[name]) for name in ("audit", "search")}
+    tensors = {name: value for name, value in block.items() if name not in about}
+    container.save(path, tensors, kind=BLOCK_KIND, metadata=about)
 
 
 def _adopt(folder: Path, prefix: str, end: int) -> dict[str, Any] | None:
@@ -333,11 +340,12 @@ def _adopt(folder: Path, prefix: str, end: int) -> dict[str, Any] | None:
     for path in sorted(folder.glob(f"{prefix}*.safetensors"), reverse=True):
         try:
             tensors = container.load(path, kind=BLOCK_KIND, verify="open")
-            audit = json.loads(container.metadata(path)["audit"])
+            meta = container.metadata(path)
+            about = {name: json.loads(meta[name]) for name in ("audit", "search")}
         except (CorruptError, KeyError, ValueError):
             continue
         if len(tensors["offsets"]) - 1 + int(prefix.rsplit("-", 2)[1]) <= end:
-            return {**tensors, "audit": audit}
+            return {**tensors, **about}
     return None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import os
@@ -47,6 +48,7 @@ def files(directory: Path) -> dict[str, bytes]:
     return {p.relative_to(directory).as_posix(): p.read_bytes() for p in found}
 
 
+@functools.cache
 def shingles(text: str) -> set[tuple[str, ...]]:
     words = re.findall(r"\w+", text.lower())
     return {tuple(words[i : i + 3]) for i in range(max(1, len(words) - 2))}
@@ -77,6 +79,7 @@ def naive(
         ranked = sorted(corpus, key=lambda row: (-score[row], row))
         kept: list[int] = []
         left = [r for r in ranked if r not in positives and clusters[r] not in own]
+        close = [store.text(t) for t in [query, *positives]]
         for row in left[rules.get("skip", 0) : candidates]:
             s = score[row]
             if s > low - abs(low) * (1 - rules["percent"]):
@@ -85,11 +88,12 @@ def naive(
                 continue
             if "max_score" in rules and s > rules["max_score"]:
                 continue
-            close = [store.text(t) for t in [query, *positives]]
             if any(jaccard(store.text(row), t) >= 0.7 for t in close):
                 continue
             kept.append(row)
-        out.append(kept[:k])
+            if len(kept) == k:
+                break
+        out.append(kept)
     return out
 
 

@@ -8,17 +8,20 @@ BIN := $(VENV)/bin
 OUT ?= runs/quickstart
 GROUP ?= kernels
 RIVALS ?= $(or $(EMBKIT_RIVALS),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/embkit/rivals)
+# A test file stays in one process: its tests share what they build. Files start in collection order.
+WORKERS := -n auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
 IN_VENV := PATH="$(abspath $(BIN)):$$PATH" VIRTUAL_ENV="$(abspath $(VENV))"
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 RUST := $(shell find rust -name '*.rs' -o -name Cargo.toml 2>/dev/null) Cargo.toml Cargo.lock
 
-.PHONY: help build demo test test-all lint bench rivals gpu wheel clean
+.PHONY: help build demo test test-all lint lint-rust lint-python bench rivals gpu wheel clean
 
 help: ## Show this help
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
 
-# The two steps of the set-up leave stamps, so that the second time is quick.
-$(VENV)/.installed: pyproject.toml constraints.txt
+# The steps of the set-up leave stamps, so that the second time is quick. The release build needs no
+# packages and the packages need no build: `make -j2 build` does both at once.
+$(VENV)/.tools:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "embkit needs Python >= 3.11; say for example: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 2; }
 	@command -v cargo >/dev/null || \
@@ -26,12 +29,21 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "First set-up: the pinned Python packages and the release build (some minutes, once)"
 	@$(PIP) install --upgrade "pip>=24" "maturin>=1.14,<2"
-	@$(IN_VENV) PIP_QUIET=1 PIP_CONSTRAINT=constraints.txt \
-	  $(BIN)/maturin develop --release --quiet --extras=test,lint
 	@touch $@
 
-$(VENV)/.built: $(VENV)/.installed $(RUST)
+$(VENV)/.packages: $(VENV)/.tools pyproject.toml constraints.txt
+	@$(BIN)/python -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
+	  extras = p["optional-dependencies"]; print(*p["dependencies"], *extras["test"], *extras["lint"], sep="\n")' \
+	  > $(VENV)/requirements.txt
+	@$(PIP) install -c constraints.txt -r $(VENV)/requirements.txt
+	@touch $@
+
+$(VENV)/.compiled: $(VENV)/.tools $(RUST)
 	@$(IN_VENV) $(BIN)/maturin develop --release --quiet --skip-install
+	@touch $@
+
+$(VENV)/.built: $(VENV)/.packages $(VENV)/.compiled
+	@$(IN_VENV) PIP_QUIET=1 PIP_CONSTRAINT=constraints.txt $(BIN)/maturin develop --release --quiet
 	@touch $@
 
 build: $(VENV)/.built ## Set up .venv and build the extension in release mode
@@ -41,15 +53,19 @@ demo: $(VENV)/.built ## The main job on bundled data: raw text to exported model
 
 test: $(VENV)/.built ## Tests of Rust and Python, without the slow and GPU ones
 	@cargo test --workspace --quiet
-	@$(BIN)/python -m pytest -q -m "not slow and not gpu"
+	@$(BIN)/python -m pytest -q -m "not slow and not gpu" $(WORKERS)
 
 test-all: $(VENV)/.built ## All tests that this machine can run, with full counts
 	@EMBKIT_TEST_FULL=1 cargo test --workspace --quiet
 	@EMBKIT_TEST_FULL=1 $(BIN)/python -m pytest -q
 
-lint: $(VENV)/.built ## Format and lint checks, types
+lint: lint-rust lint-python ## Format and lint checks, types
+
+lint-rust:
 	@cargo fmt --all --check
 	@cargo clippy --workspace --all-targets --quiet -- -D warnings
+
+lint-python: $(VENV)/.packages
 	@$(BIN)/ruff format --check python kernels tests benches
 	@$(BIN)/ruff check python kernels tests benches
 	@$(BIN)/mypy
@@ -68,7 +84,7 @@ gpu: $(VENV)/.built ## On a machine with a GPU: GPU tests, then the kernel bench
 	@$(BIN)/python -m pytest -q -m gpu tests
 	@$(BIN)/embkit bench kernels --json benches/results/kernels-gpu.json
 
-wheel: $(VENV)/.installed ## Build the abi3 wheel and the sdist into dist/
+wheel: $(VENV)/.tools ## Build the abi3 wheel and the sdist into dist/
 	@$(IN_VENV) $(BIN)/maturin build --release --sdist --out dist
 
 clean: ## Remove the environment, builds and runs

@@ -5,7 +5,7 @@
 //! `|q.p - q'.p'| <= |q - q'| |p| + |q'| |p - p'|`: a bound that holds for these two vectors, not a
 //! guess. A search uses the largest `|p|` and `|p - p'|` of the corpus, so one number per query.
 
-use crate::simd::{Isa, MAX_MR, NR, Panel, Tile};
+use crate::simd::{self, Isa, MAX_MR, NR, Panel, Tile};
 use crate::vectors::Vectors;
 use embkit_core::{Job, Result, par};
 use std::ops::Range;
@@ -235,11 +235,7 @@ impl Queries {
         for (i, q) in which.iter().enumerate() {
             tile.start[i] = self.start[*q as usize];
             let row = self.codes[*q as usize * depth..][..depth].as_chunks::<4>().0;
-            if self.isa == Isa::Amx {
-                tile.codes[i * depth / 4..][..depth / 4].copy_from_slice(row);
-            } else {
-                row.iter().zip(tile.codes[i..].iter_mut().step_by(mr)).for_each(|(c, to)| *to = *c);
-            }
+            tile.codes[i * depth / 4..][..depth / 4].copy_from_slice(row);
         }
     }
 }
@@ -257,27 +253,14 @@ struct Rounded {
 /// Rounds `x` to `scale * codes`; `codes` may be longer, the rest becomes 0.
 fn round(x: &[f32], codes: &mut [i8]) -> Rounded {
     codes.fill(0);
-    let most = largest(x);
+    let most = simd::round::largest(x);
     if most < TINY {
         let length = bound(most, x.len());
         return Rounded { scale: 1.0, length, kept: 0.0, lost: length };
     }
     let scale = most / 127.0;
-    let inverse = 1.0 / scale;
-    let mut sums = [[0f32; 16]; 3];
-    for (x, codes) in x.chunks(16).zip(codes.chunks_mut(16)) {
-        for (i, (x, code)) in x.iter().zip(codes).enumerate() {
-            // Adding and taking away 1.5 * 2^23 rounds to the nearest integer, in every lane.
-            let whole = (x * inverse + 12_582_912.0) - 12_582_912.0;
-            *code = whole as i8;
-            let kept = whole * scale;
-            let lost = x - kept;
-            sums[0][i] += x * x;
-            sums[1][i] += kept * kept;
-            sums[2][i] += lost * lost;
-        }
-    }
-    let [length, kept, lost] = sums.map(|s| up(s.iter().sum::<f32>()));
+    let squares = simd::round::round(x, scale, &mut codes[..x.len()]);
+    let [length, kept, lost] = squares.sums.map(|s| up(s.iter().sum::<f32>()));
     Rounded { scale, length, kept, lost }
 }
 
@@ -285,16 +268,8 @@ fn round(x: &[f32], codes: &mut [i8]) -> Rounded {
 const TINY: f32 = 1e-12;
 
 fn length(x: &[f32]) -> f32 {
-    let most = largest(x);
+    let most = simd::round::largest(x);
     if most < TINY { bound(most, x.len()) } else { up(crate::vectors::dot(x, x)) }
-}
-
-fn largest(x: &[f32]) -> f32 {
-    let mut most = [0f32; 16];
-    for x in x.chunks(16) {
-        x.iter().zip(&mut most).for_each(|(x, most)| *most = most.max(x.abs()));
-    }
-    most.into_iter().fold(0.0, f32::max)
 }
 
 /// No vector of `d` elements of at most `most` is longer.

@@ -5,8 +5,8 @@
 //! only *screen*: what passes a bar is scored again by [`crate::vectors::dot`], and a bar lies below
 //! the score to beat by more than a form can be wrong. So results do not depend on the form.
 //!
-//! Layouts: a panel holds `depth` groups (f32: elements) of all its 32 rows together; a tile of
-//! queries likewise of its `mr`, except for AMX, which takes rows.
+//! Layouts: a panel holds a group (f32: an element) of all its 32 rows together, then the next. A tile
+//! of queries holds them row by row in int8, and element by element in f32.
 
 #[cfg(target_arch = "x86_64")]
 mod amx;
@@ -18,6 +18,7 @@ pub(crate) mod dot;
 #[cfg(target_arch = "aarch64")]
 mod neon;
 mod portable;
+pub(crate) mod round;
 #[cfg(target_arch = "x86_64")]
 mod vnni;
 
@@ -252,8 +253,7 @@ mod tests {
                 let mut want = vec![[0f32; NR]; mr];
                 for i in 0..mr {
                     for k in 0..depth {
-                        let group =
-                            if isa == Isa::Amx { i * depth / 4 + k / 4 } else { k / 4 * mr + i };
+                        let group = i * depth / 4 + k / 4;
                         tile.codes[group][k % 4] = query(i, k);
                         tile.start[i] -= 128 * i32::from(query(i, k));
                     }

@@ -26,13 +26,12 @@ pub(super) fn int8_tile(
     bars: &Bars,
     hits: &mut Hits,
 ) {
-    let (queries, _) = queries.as_chunks::<MR>();
     let (panel, _) = panel.as_chunks::<NR>();
-    for i in 0..MR {
+    for (i, query) in queries.chunks_exact(panel.len()).enumerate() {
         let mut sum = [start[i]; NR];
-        for (q, p) in queries.iter().zip(panel) {
+        for (q, p) in query.iter().zip(panel) {
             for (sum, p) in sum.iter_mut().zip(p) {
-                *sum += q[i].iter().zip(p).map(|(q, p)| i32::from(*q) * i32::from(*p)).sum::<i32>();
+                *sum += q.iter().zip(p).map(|(q, p)| i32::from(*q) * i32::from(*p)).sum::<i32>();
             }
         }
         (0..NR).for_each(|j| hits.scores[i][j] = sum[j] as f32 * scale[j]);

@@ -17,21 +17,24 @@ pub(super) fn tile(
     bars: &Bars,
     hits: &mut Hits,
 ) {
-    let (queries, _) = queries.as_chunks::<MR>();
     let (panel, _) = panel.as_chunks::<NR>();
+    let depth = panel.len();
+    assert!(queries.len() == MR * depth);
     let mut sum = [[_mm512_set1_epi32(0); 2]; MR];
     for i in 0..MR {
         sum[i] = [_mm512_set1_epi32(start[i]); 2];
     }
-    for (q, p) in queries.iter().zip(panel) {
+    for (k, p) in panel.iter().enumerate() {
         // SAFETY: `p` has 32 groups of 4 bytes; the loads cover 0..16 and 16..32.
         let (low, high) = unsafe {
             (_mm512_loadu_si512(p.as_ptr().cast()), _mm512_loadu_si512(p.as_ptr().add(16).cast()))
         };
-        for i in 0..MR {
-            let a = _mm512_set1_epi32(i32::from_le_bytes(q[i].map(|v| v as u8)));
-            sum[i][0] = _mm512_dpbusd_epi32(sum[i][0], low, a);
-            sum[i][1] = _mm512_dpbusd_epi32(sum[i][1], high, a);
+        for (i, sum) in sum.iter_mut().enumerate() {
+            // SAFETY: `i * depth + k` is less than `MR * depth`, the length of `queries`.
+            let q = unsafe { *queries.get_unchecked(i * depth + k) };
+            let a = _mm512_set1_epi32(i32::from_le_bytes(q.map(|v| v as u8)));
+            sum[0] = _mm512_dpbusd_epi32(sum[0], low, a);
+            sum[1] = _mm512_dpbusd_epi32(sum[1], high, a);
         }
     }
     // SAFETY: `scale` has 32 elements; the loads cover 0..16 and 16..32.

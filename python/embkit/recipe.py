@@ -352,7 +352,8 @@ class Rules:
         min_score: keep ``s >= min_score``. Ours.
         near_duplicate: word-3-gram Jaccard with a positive or the query from which a candidate is
             its copy. Ours; 6 to 9 % of the negatives of other miners reach 0.7.
-        rerank_candidates: how many of those that are left a reranker scores, where there is one.
+        rerank_candidates: how many of those that are left a reranker scores, where there is one;
+            k at the least.
         rerank_max_score, rerank_margin, rerank_percent: as above on the reranker's scores.
         sample: ``"top"`` keeps the best k, ``"random"`` draws k of what is left with ``seed``.
         refill: what a query gets that has fewer than k: ``"none"``; ``"relax"``, candidates that
@@ -394,11 +395,6 @@ class Rules:
             self.candidates >= self.k + self.skip,
             f"mine.candidates = {self.candidates} is less than k + skip = {self.k + self.skip}.",
             "look at more candidates than are kept, 16 times k or more",
-        )
-        _require(
-            self.rerank_candidates >= self.k,
-            f"mine.rerank_candidates = {self.rerank_candidates} is less than k = {self.k}.",
-            "rerank more candidates than are kept, 4 times k or more",
         )
         for name in ("percent_of_positive", "rerank_percent", "near_duplicate"):
             value = getattr(self, name)

@@ -128,6 +128,7 @@ class Miner:
         self.reranker, self.text = reranker, text
         self.filter = _rust.NegativeFilter(passages.cluster, passages.name, passages.shards)
         self.n = len(passages.vectors)
+        self.pool = max(rules.rerank_candidates, rules.k)  # of a reranker
         self.depth = min(rules.candidates + min(room, _EXTRA), self.n)
         # Half of the memory holds a block, the rest is the search's own.
         self.memory = memory // 2
@@ -166,6 +167,7 @@ class Miner:
         while True:
             row, score, lists = self._search(block, depth, None)
             options = self._options(depth, trace=True)
+            options |= {"pool": self.pool} if table else {}
             given = _tuple(table) if table else None
             found = self._run(block, (row, score, lists), options, given)
             if not len(found["shallow"]) or depth >= self._deepest():
@@ -218,7 +220,7 @@ class Miner:
         options = self._options(depth)
         if self.reranker is None:
             return dict(self._run(block, lists, options, None))
-        pool = {**options, "pool": self.rules.rerank_candidates}
+        pool = {**options, "pool": self.pool}
         left = self._run(block, lists, pool, None)
         table = self._rerank(block, left)
         found = dict(self._run(block, lists, pool, _tuple(table)))

@@ -93,6 +93,8 @@ def mine_vectors(
     cluster, own = _clusters(clusters, len(c), shards if texts is not None else [], len(q))
     if query_texts is None:
         own = _NO
+    held = sum(len(text) for text, _ in shards) + 40 * (len(c) + len(q))  # the filter's sketches
+    memory = max(memory - held, 1) if memory else 0
     everything = list(texts or ()) + list(query_texts or ())
     miner = Miner(
         Passages(

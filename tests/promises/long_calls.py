@@ -134,7 +134,12 @@ def topk(size: int) -> Call:
     return lambda progress: _rust.topk(queries, corpus, 50, threads=1, progress=progress)
 
 
-def ivf(size: int) -> Call:
+def ivf_lists(size: int) -> Call:
+    corpus = vectors(20_000 * size)
+    return lambda progress: _rust.Ivf(corpus, 256, threads=1, progress=progress)
+
+
+def ivf_search(size: int) -> Call:
     queries, corpus = vectors(2000 * size), vectors(4000)
     lists = _rust.Ivf(corpus, 64)
     return lambda progress: lists.search(queries, corpus, 50, 32, threads=1, progress=progress)
@@ -173,7 +178,8 @@ CASES: dict[str, Callable[[int], Call]] = {
     "contamination": contamination,
     "NegativeFilter.run": filter_negatives,
     "filter_texts": filter_texts,
-    "ivf": ivf,
+    "Ivf.__new__": ivf_lists,
+    "Ivf.search": ivf_search,
     "merge_rows": merge_rows,
     "near_duplicates": near_duplicates,
     "tokenize": tokenize,

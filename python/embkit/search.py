@@ -3,7 +3,7 @@
 All queries are known before the search starts, so blocks of queries meet blocks of the corpus.
 Engines (docs/mining.md): ``exact`` screens with int8 products and proves per query that nothing was
 missed; ``ivf`` visits the lists nearest to a query, list by list, as many as a measured recall asks
-for; ``torch`` is exact on a CUDA device. All return the same float32 scores.
+for; ``torch`` is exact on a CUDA device, its scores the same up to the rounding of float32.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@
 use crate::encode::{Queries, Rows};
 use crate::simd::{self, Bars, Hits, Isa, MAX_MR, NR, Tile};
 use crate::vectors::{Vectors, dot};
+use embkit_core::{Job, Result};
 
 /// A score and its row as one integer that sorts by score, then by lower row.
 pub(crate) fn key_of(score: f32, row: u32) -> u64 {
@@ -40,13 +41,17 @@ pub(crate) fn cut(keys: &mut Vec<u64>, k: usize) {
     }
 }
 
-const AHEAD: usize = 4;
+/// Candidates that memory is asked for ahead of their turn, and pairs between looks at the job.
+const AHEAD: usize = 8;
+const CHECKED: usize = 8192;
 
 /// What exact scores are computed from.
 #[derive(Clone, Copy)]
 pub(crate) struct Source<'a> {
     pub(crate) queries: &'a Vectors<'a>,
     pub(crate) corpus: &'a Vectors<'a>,
+    /// Which query each place of the search is; the place itself when `None`.
+    pub(crate) order: Option<&'a [u32]>,
     /// Rows of the positions in an encoding; the positions themselves when `None`.
     pub(crate) rows: Option<&'a [u32]>,
 }
@@ -60,15 +65,48 @@ pub(crate) struct Setting<'a> {
 }
 
 impl Source<'_> {
+    /// The query at a place.
+    pub(crate) fn query(&self, place: usize) -> usize {
+        self.order.map_or(place, |order| order[place] as usize)
+    }
+
     fn row(&self, position: u32) -> u32 {
         self.rows.map_or(position, |rows| rows[position as usize])
     }
 
-    /// Adds the exact keys of some screened candidates of a query to `out`.
-    pub(crate) fn score(&self, query: usize, keys: &[u64], out: &mut Vec<u64>) {
+    /// Adds the exact key of each pair of a row and a query, counted from place `first`, to the
+    /// query's `found`.
+    fn score_pairs(
+        &self,
+        first: usize,
+        pairs: &mut [(u32, u32)],
+        found: &mut [Vec<u64>],
+        job: &Job,
+    ) -> Result<()> {
+        pairs.sort_unstable();
         let mut scratch = [Vec::new(), Vec::new()];
         let [a, b] = &mut scratch;
-        let query = self.queries.row(query, a);
+        for (number, some) in pairs.chunks(CHECKED).enumerate() {
+            job.check()?;
+            for (i, (row, q)) in some.iter().enumerate() {
+                if let Some((ahead, _)) = pairs.get(number * CHECKED + i + AHEAD)
+                    && ahead != row
+                {
+                    self.corpus.prefetch(*ahead as usize);
+                }
+                let query = self.queries.row(self.query(first + *q as usize), a);
+                let score = dot(query, self.corpus.row(*row as usize, b));
+                found[*q as usize].push(key_of(score, *row));
+            }
+        }
+        Ok(())
+    }
+
+    /// Adds the exact keys of some screened candidates of a query to `out`.
+    pub(crate) fn score(&self, place: usize, keys: &[u64], out: &mut Vec<u64>) {
+        let mut scratch = [Vec::new(), Vec::new()];
+        let [a, b] = &mut scratch;
+        let query = self.queries.row(self.query(place), a);
         for (i, key) in keys.iter().enumerate() {
             // Candidates lie anywhere: the wait for memory of one is spent on the ones before it.
             if let Some(ahead) = keys.get(i + AHEAD) {
@@ -96,7 +134,7 @@ pub(crate) struct Best {
     window: Vec<f32>,
     /// Exactly scored candidates with their rows, at most `k` per query; mostly empty.
     exact: Vec<Vec<u64>>,
-    /// The number of query 0 among all queries.
+    /// The place of query 0 in the search.
     first: usize,
 }
 
@@ -221,34 +259,35 @@ impl Best {
         &mut keys[..keep]
     }
 
-    /// Adds the exact keys of query `q`'s best rows to `out`, at least the `k` best of them.
-    /// Returns how many were scored.
+    /// The exact keys of every query's best rows, at least the `k` best of each. Candidates of all
+    /// queries are scored in the order of their rows, so that a row comes from memory once.
     pub(crate) fn finish(
         &mut self,
-        q: usize,
         source: &Source,
         queries: &Queries,
-        out: &mut Vec<u64>,
-    ) -> usize {
-        let from = out.len();
-        out.append(&mut self.exact[q]);
-        let keys = &mut self.keys[q * self.cap..][..self.len[q] as usize];
-        let sure = self.keep.min(keys.len());
-        split(keys, self.keep);
-        source.score(self.first + q, &keys[..sure], out);
+        job: &Job,
+    ) -> Result<Vec<Vec<u64>>> {
+        let mut found = std::mem::take(&mut self.exact);
+        let mut pairs = Vec::new();
+        for q in 0..self.len() {
+            let keys = &mut self.keys[q * self.cap..][..self.len[q] as usize];
+            split(keys, self.keep);
+            let sure = self.keep.min(keys.len());
+            pairs.extend(keys[..sure].iter().map(|key| (source.row(row_of(*key)), q as u32)));
+        }
+        source.score_pairs(self.first, &mut pairs, &mut found, job)?;
         // The k-th exact score so far bounds the result from below: what could still pass it is
         // scored too, the rest is certainly worse.
-        let kth = split(&mut out[from..], self.k).map_or(f32::NEG_INFINITY, score_of);
-        let least = kth / queries.scale(q) - self.window[q] * 0.5;
-        let mut close = sure;
-        for i in sure..keys.len() {
-            if score_of(keys[i]) >= least {
-                keys.swap(close, i);
-                close += 1;
-            }
+        pairs.clear();
+        for (q, found) in found.iter_mut().enumerate() {
+            let kth = split(found, self.k).map_or(f32::NEG_INFINITY, score_of);
+            let least = kth / queries.scale(q) - self.window[q] * 0.5;
+            let keys = &self.keys[q * self.cap..][..self.len[q] as usize];
+            let close = keys.iter().skip(self.keep).filter(|key| score_of(**key) >= least);
+            pairs.extend(close.map(|key| (source.row(row_of(*key)), q as u32)));
         }
-        source.score(self.first + q, &keys[sure..close], out);
-        out.len() - from
+        source.score_pairs(self.first, &mut pairs, &mut found, job)?;
+        Ok(found)
     }
 }
 

@@ -118,12 +118,18 @@ impl Ivf {
         queries.check_finite("query", threads, job)?;
         let (probes, nq) = (probes.clamp(1, self.lists()), queries.len());
         let threads = if threads == 0 { par::threads() } else { threads };
+        // Queries of one list side by side: they visit the same lists, and score the same rows.
+        let (nearest, _) = assign(self.isa, queries, nq, |i| i, &self.centroids, threads, job)?;
+        let order = group(&nearest, self.lists()).1;
+        let source = Source { queries, corpus, order: Some(&order[..]), rows: Some(&self.row) };
         let block = QUERY_BLOCK.min(nq.div_ceil(threads)).max(1);
         let found = par::try_map_blocks(nq, block, threads, |range| {
-            self.block(queries, corpus, range, k, probes, job)
+            Ok((range.clone(), self.block(&source, range, k, probes, job)?))
         })?;
-        let mut out = TopK::default();
-        found.into_iter().for_each(|found| out.append(found));
+        let mut out = TopK::of(nq, k);
+        for (range, found) in found {
+            out.place(range.map(|place| source.query(place)), k, &found);
+        }
         Ok(out)
     }
 
@@ -161,7 +167,7 @@ impl Ivf {
     fn visits(&self, queries: &Queries, count: usize, job: &Job) -> Result<Vec<u32>> {
         let mut best = Best::loose(self.isa, count, count, queries.len(), 0);
         let centroids = Vectors::new(&[Part::F32(&self.centroids)], self.d)?;
-        let source = Source { queries: &centroids, corpus: &centroids, rows: None };
+        let source = Source { queries: &centroids, corpus: &centroids, order: None, rows: None };
         let total = Total::new(1, 0, job);
         let on = Setting { queries, rows: &self.coarse, source };
         scan(&mut best, 0..self.coarse.panels(), 0, &on, &total)?;
@@ -176,34 +182,33 @@ impl Ivf {
 
     fn block(
         &self,
-        queries: &Vectors,
-        corpus: &Vectors,
+        source: &Source,
         range: Range<usize>,
         k: usize,
         probes: usize,
         job: &Job,
     ) -> Result<TopK> {
         let n = range.len();
-        let encoded = Queries::new(self.isa, queries, n, |i| range.start + i);
+        let query_of = |i| source.query(range.start + i);
+        let encoded = Queries::new(self.isa, source.queries, n, query_of);
         let visits = self.visits(&encoded, probes, job)?;
         let mut best = Best::loose(self.isa, k, k + k / 8 + 8, n, range.start);
-        let source = Source { queries, corpus, rows: Some(&self.row) };
         let first: Vec<u32> = visits.iter().step_by(probes).copied().collect();
-        let on = Setting { queries: &encoded, rows: &self.rows, source };
+        let on = Setting { queries: &encoded, rows: &self.rows, source: *source };
         self.visit(&mut best, &on, &first, |i| i as u32, job)?;
         // Entry i of the rest belongs to query i / (probes - 1).
         let others: Vec<u32> = visits.chunks(probes).flat_map(|v| v[1..].iter().copied()).collect();
         let each = (probes - 1).max(1);
         self.visit(&mut best, &on, &others, |i| (i / each) as u32, job)?;
 
-        let (starts, keys) = self.rescore(&mut best, &source, range.start, n, job)?;
+        let (starts, keys) = self.rescore(&mut best, source, range.start, n, job)?;
         let mut out = TopK { rescored: keys.len() as u64, ..TopK::default() };
         let mut own = Vec::new();
         for q in 0..n {
             own.clear();
             own.extend_from_slice(&keys[starts[q]..starts[q + 1]]);
             if own.len() < k {
-                self.complete(range.start + q, &source, k, &mut own);
+                self.complete(range.start + q, source, k, &mut own);
             }
             out.take(&mut own, k);
             job.advance(1);
@@ -241,7 +246,7 @@ impl Ivf {
             for &i in &order[bounds[0]..bounds[1]] {
                 let (q, position) = pairs[i as usize];
                 if last.0 != q {
-                    last = (q, source.queries.row(first + q as usize, a));
+                    last = (q, source.queries.row(source.query(first + q as usize), a));
                 }
                 let row = self.row[position as usize];
                 let score = dot(last.1, source.corpus.row(row as usize, b));
@@ -278,12 +283,12 @@ impl Ivf {
     }
 
     /// All rows for a query whose lists hold fewer than `k`: rare, and then exact.
-    fn complete(&self, query: usize, source: &Source, k: usize, keys: &mut Vec<u64>) {
+    fn complete(&self, place: usize, source: &Source, k: usize, keys: &mut Vec<u64>) {
         keys.clear();
         let positions = (0..self.row.len()).filter(|i| self.rows.real(i / NR) >> (i % NR) & 1 == 1);
         let all: Vec<u64> = positions.map(|i| key_of(0.0, i as u32)).collect();
         for some in all.chunks(4096) {
-            source.score(query, some, keys);
+            source.score(place, some, keys);
             crate::best::cut(keys, k);
         }
     }
@@ -357,7 +362,7 @@ fn refill(
 }
 
 /// The nearest centroid of each of `n` rows, and the encoded centroids.
-fn assign(
+pub(crate) fn assign(
     isa: Isa,
     corpus: &Vectors,
     n: usize,
@@ -368,7 +373,7 @@ fn assign(
 ) -> Result<(Vec<u32>, Rows)> {
     let centroids = Vectors::new(&[Part::F32(centroids)], corpus.width())?;
     let rows = Rows::new(isa, &centroids, centroids.len(), |i| i, threads, job)?;
-    let source = Source { queries: &centroids, corpus: &centroids, rows: None };
+    let source = Source { queries: &centroids, corpus: &centroids, order: None, rows: None };
     let list = par::try_map_blocks(n, ASSIGN_BLOCK, threads, |range| {
         let queries = Queries::new(isa, corpus, range.len(), |i| row_of(range.start + i));
         let mut best = Best::loose(isa, 1, 1, queries.len(), 0);
@@ -382,7 +387,7 @@ fn assign(
 }
 
 /// Positions sorted by their group, in order inside one: where each group begins, and the positions.
-fn group(of: &[u32], groups: usize) -> (Vec<usize>, Vec<u32>) {
+pub(crate) fn group(of: &[u32], groups: usize) -> (Vec<usize>, Vec<u32>) {
     let mut starts = vec![0usize; groups + 1];
     of.iter().for_each(|g| starts[*g as usize + 1] += 1);
     (0..groups).for_each(|g| starts[g + 1] += starts[g]);

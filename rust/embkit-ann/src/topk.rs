@@ -8,6 +8,7 @@
 
 use crate::best::{Best, Setting, Source, cut, row_of, score_of};
 use crate::encode::{Queries, Rows, fitting};
+use crate::ivf;
 use crate::simd::{Hits, Isa, MAX_MR, NR, Tile};
 use crate::vectors::Vectors;
 use embkit_core::{Error, Job, Result, par};
@@ -18,6 +19,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 /// Queries of a block, and bytes of their encoding, at most.
 const QUERY_BLOCK: usize = 1020;
 const BLOCK_BYTES: usize = 8 << 20;
+/// Groups of queries that are alike, and the corpus from which on it matters.
+const ALIKE: usize = 256;
+const CACHE_BYTES: usize = 16 << 20;
 /// Memory when none is given.
 const MEMORY: usize = 2 << 30;
 
@@ -79,20 +83,41 @@ pub fn topk(queries: &Vectors, corpus: &Vectors, params: &SearchParams, job: &Jo
         (0..n).step_by(chunk).map(|first| first..n.min(first + chunk)).collect();
     let whole = if chunks.len() == 1 { Some(encode(&chunks[0])?) } else { None };
 
-    let mut out =
-        TopK { row: Vec::with_capacity(nq * k), score: Vec::with_capacity(nq * k), rescored: 0 };
+    let order = order(isa, queries, n * d * 4, threads, job)?;
+    let source = Source { queries, corpus, order: order.as_deref(), rows: None };
+    let mut out = TopK::of(nq, k);
     for first in (0..nq).step_by(most) {
         let here = first..nq.min(first + most);
-        let blocks = Blocks::new(isa, queries, here, threads, n, params.k, d);
+        let blocks = Blocks::new(isa, &source, here, threads, params.k);
         for range in &chunks {
             let made = if whole.is_none() { Some(encode(range)?) } else { None };
             if let Some(rows) = whole.as_ref().or(made.as_ref()) {
-                blocks.scan(rows, range.start, queries, corpus, threads, &total)?;
+                blocks.scan(rows, range.start, &source, threads, &total)?;
             }
         }
-        blocks.finish(queries, corpus, threads, job, &mut out)?;
+        blocks.finish(&source, threads, job, &mut out)?;
     }
     Ok(out)
+}
+
+/// An order of many queries in which neighbours are alike, when the corpus is too large for caches: the
+/// rows that one of them scores in full are then still near when the next one does.
+fn order(
+    isa: Isa,
+    queries: &Vectors,
+    corpus_bytes: usize,
+    threads: usize,
+    job: &Job,
+) -> Result<Option<Vec<u32>>> {
+    if queries.len() < ALIKE * 16 || corpus_bytes < CACHE_BYTES {
+        return Ok(None);
+    }
+    let mut scratch = Vec::new();
+    let step = queries.len() / ALIKE;
+    let some = (0..ALIKE).flat_map(|i| queries.row(i * step, &mut scratch).to_vec());
+    let some: Vec<f32> = some.collect();
+    let (group_of, _) = ivf::assign(isa, queries, queries.len(), |i| i, &some, threads, job)?;
+    Ok(Some(ivf::group(&group_of, ALIKE).1))
 }
 
 fn check(queries: &Vectors, corpus: &Vectors, params: &SearchParams) -> Result<()> {
@@ -155,24 +180,16 @@ struct Blocks {
 }
 
 impl Blocks {
-    fn new(
-        isa: Isa,
-        queries: &Vectors,
-        here: Range<usize>,
-        threads: usize,
-        n: usize,
-        k: usize,
-        d: usize,
-    ) -> Self {
-        let mr = isa.mr();
+    fn new(isa: Isa, source: &Source, here: Range<usize>, threads: usize, k: usize) -> Self {
+        let (mr, n, d) = (isa.mr(), source.corpus.len(), source.corpus.width());
         let size = QUERY_BLOCK.min(BLOCK_BYTES / Rows::bytes_per_row(isa, d)).max(mr);
         let size = size.min(here.len().div_ceil(threads)).max(1).next_multiple_of(mr);
         let count = here.len().div_ceil(size);
         let parts = (threads / count.max(1)).clamp(1, n.div_ceil(4 * k + 4096));
         let block = par::map_blocks(here.len(), size, threads, |range| {
             let range = here.start + range.start..here.start + range.end;
-            let first = range.start;
-            (range.clone(), Queries::new(isa, queries, range.len(), |i| first + i))
+            let query_of = |i| source.query(range.start + i);
+            (range.clone(), Queries::new(isa, source.queries, range.len(), query_of))
         });
         let best = (0..count * parts).map(|_| Mutex::new(None)).collect();
         Self { isa, k, block, parts, best }
@@ -182,13 +199,11 @@ impl Blocks {
         &self,
         rows: &Rows,
         first: usize,
-        queries: &Vectors,
-        corpus: &Vectors,
+        source: &Source,
         threads: usize,
         total: &Total,
     ) -> Result<()> {
         let share = rows.panels().div_ceil(self.parts);
-        let source = Source { queries, corpus, rows: None };
         par::try_map_blocks(self.best.len(), 1, threads, |task| {
             let (range, queries) = &self.block[task.start / self.parts];
             let part = task.start % self.parts;
@@ -197,39 +212,31 @@ impl Blocks {
             let fresh = || Best::exact(self.isa, self.k, queries.len(), range.start);
             let best = slot.get_or_insert_with(fresh);
             best.widen(queries, rows);
-            scan(best, panels, first, &Setting { queries, rows, source }, total)
+            scan(best, panels, first, &Setting { queries, rows, source: *source }, total)
         })
         .map(|_| ())
     }
 
-    fn finish(
-        &self,
-        queries: &Vectors,
-        corpus: &Vectors,
-        threads: usize,
-        job: &Job,
-        out: &mut TopK,
-    ) -> Result<()> {
-        let source = Source { queries, corpus, rows: None };
+    fn finish(&self, source: &Source, threads: usize, job: &Job, out: &mut TopK) -> Result<()> {
         let found = par::try_map_blocks(self.block.len(), 1, threads, |task| {
             let b = task.start;
+            let mut keys = vec![Vec::new(); self.block[b].1.len()];
             let mut found = TopK::default();
-            let mut keys = Vec::new();
-            for q in 0..self.block[b].1.len() {
-                job.check()?;
-                keys.clear();
-                for slot in &self.best[b * self.parts..(b + 1) * self.parts] {
-                    let mut slot = slot.lock().unwrap_or_else(|p| p.into_inner());
-                    if let Some(best) = slot.as_mut() {
-                        found.rescored +=
-                            best.finish(q, &source, &self.block[b].1, &mut keys) as u64;
-                    }
-                }
-                found.take(&mut keys, self.k);
+            for slot in &self.best[b * self.parts..(b + 1) * self.parts] {
+                let mut slot = slot.lock().unwrap_or_else(|p| p.into_inner());
+                let Some(best) = slot.as_mut() else { continue };
+                let part = best.finish(source, &self.block[b].1, job)?;
+                keys.iter_mut().zip(part).for_each(|(all, mut part)| all.append(&mut part));
+            }
+            for keys in &mut keys {
+                found.rescored += keys.len() as u64;
+                found.take(keys, self.k);
             }
             Ok(found)
         })?;
-        found.into_iter().for_each(|found| out.append(found));
+        for ((range, _), found) in self.block.iter().zip(found) {
+            out.place(range.clone().map(|place| source.query(place)), self.k, &found);
+        }
         Ok(())
     }
 }
@@ -243,10 +250,19 @@ impl TopK {
         self.score.extend(keys.iter().map(|&key| score_of(key)));
     }
 
-    pub(crate) fn append(&mut self, mut other: TopK) {
-        self.row.append(&mut other.row);
-        self.score.append(&mut other.score);
-        self.rescored += other.rescored;
+    /// Space for `nq` queries.
+    pub(crate) fn of(nq: usize, k: usize) -> Self {
+        Self { row: vec![0; nq * k], score: vec![0.0; nq * k], rescored: 0 }
+    }
+
+    /// Puts what was found where `queries` belong.
+    pub(crate) fn place(&mut self, queries: impl Iterator<Item = usize>, k: usize, found: &TopK) {
+        let rows = found.row.chunks(k).zip(found.score.chunks(k));
+        for (query, (row, score)) in queries.zip(rows) {
+            self.row[query * k..][..k].copy_from_slice(row);
+            self.score[query * k..][..k].copy_from_slice(score);
+        }
+        self.rescored += found.rescored;
     }
 }
 

@@ -332,7 +332,10 @@ def test_kills_and_block_sizes_do_not_show(
         target = rng.randint(0, 5)
 
         def blocks() -> int:
-            return len(list(tmp_path.glob(".partial-killed-*/blocks/0-*.safetensors")))
+            try:  # the folder is renamed when the run is done
+                return len(list(tmp_path.glob(".partial-killed-*/blocks/0-*.safetensors")))
+            except FileNotFoundError:
+                return 0
 
         # A block has 64 queries or a few more, as memory says; sizes change from try to try.
         memory = rng.choice([1, 120_000, 150_000])

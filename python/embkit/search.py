@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -32,7 +32,7 @@ _RATES = {
     "neon": 15.0,
     "portable": 4.0,
 }
-_RESCORE = 0.15e-6  # seconds for one row in float32 from anywhere in memory
+_RESCORE = 0.6e-6  # seconds for one row in float32 from anywhere in memory
 _SAMPLE = 768  # queries that are searched exactly to choose and measure the recall
 _LEAST_ROWS = 4096  # a smaller corpus is searched faster than it is sorted into lists
 
@@ -93,9 +93,9 @@ def choose(
     lists = max(1.5 * n_passages**0.5, 1)
     # The share of the corpus that a recall takes falls as lists get finer and grows as the rest to
     # find gets rarer; measured on sentence embeddings.
-    share = min(1.0, 0.011 / max(1 - recall, 1e-9) ** 0.55 * (300_000 / max(n_passages, 1)) ** 0.2)
+    share = min(1.0, 0.021 / max(1 - recall, 1e-9) ** 0.55 * (300_000 / max(n_passages, 1)) ** 0.2)
     assign = n_passages + 6 * min(n_passages, 64 * lists)
-    build = assign * lists * scan * 1.2 + n_passages * d * 3e-9
+    build = assign * lists * scan * 1.8 + n_passages * d * 3e-9
     sample = min(n_queries, _SAMPLE) * (exact / max(n_queries, 1))
     each = lists * scan * 1.3 + share * n_passages * scan * 1.6 + 1.2 * k * _RESCORE / 2
     ivf = build + sample + n_queries * each
@@ -109,6 +109,9 @@ class Searcher:
     """One search in pieces: prepared for all of its queries, run for any range of them.
 
     The pieces have the same rows and scores as one call for all queries, whatever the pieces are.
+
+    Attributes:
+        engine: the engine taken. plan: why, when engine ``"auto"`` chose between the CPU's.
 
     Args:
         queries: float [nq, d], or several such arrays that follow one another; float32 and float16
@@ -152,6 +155,7 @@ class Searcher:
         self.seed, self.threads = seed, threads
         self.total = sum(map(len, self.queries))
         self.report: dict[str, Any] = {"engine": engine, "recall": 1.0}
+        self.plan: Plan | None = None  # of engine "auto" without a GPU
         self._ivf: Any = None
         self._probes = 0
         if engine == "auto":
@@ -190,7 +194,7 @@ class Searcher:
                 _bits(queries), _bits(corpus), self.k, memory=self.memory, threads=self.threads,
                 progress=progress,
             )  # fmt: skip
-            self.report = {"engine": "exact", "recall": 1.0, "isa": _rust.search_isa()}
+            self.report = {"engine": "exact", "recall": 1.0}
         return Found(row=row, score=score, report=dict(self.report))
 
     def _choose(self) -> str:
@@ -198,7 +202,8 @@ class Searcher:
         if torch is not None and torch.cuda.is_available():
             return "torch"
         n, d = sum(map(len, self.corpus)), self.corpus[0].shape[1]
-        return choose(self.total, n, d, self.k, self.recall).engine
+        self.plan = choose(self.total, n, d, self.k, self.recall)
+        return self.plan.engine
 
     def _prepare(self) -> Any:
         """Lists and probes, from all queries: a later piece, or another process, finds the same."""
@@ -210,9 +215,9 @@ class Searcher:
                 memory=self.memory, threads=self.threads,
             )  # fmt: skip
             self.report = {
-                "engine": "ivf", "isa": _rust.search_isa(), "lists": self._ivf.lists,
-                "probes": self._probes, "recall": round(recall, 5),
-                "recall_error": round(error, 5), "recall_queries": queries,
+                "engine": "ivf", "lists": self._ivf.lists, "probes": self._probes,
+                "recall": round(recall, 5), "recall_error": round(error, 5),
+                "recall_queries": queries,
             }  # fmt: skip
         return self._ivf
 
@@ -244,11 +249,6 @@ def search(
         threads=threads,
     )  # fmt: skip
     return searcher.search(progress=progress)
-
-
-def explain(n_queries: int, n_passages: int, d: int, k: int, recall: float = 1.0) -> dict[str, Any]:
-    """:func:`choose` as JSON types, for reports and ``--dry-run``."""
-    return asdict(choose(n_queries, n_passages, d, k, recall))
 
 
 def _parts(vectors: Vectors, name: str) -> list[NDArray[Any]]:

@@ -201,7 +201,7 @@ class Miner:
     @property
     def report(self) -> dict[str, Any]:
         """How it was searched; nothing that differs between machines."""
-        return {k: v for k, v in self.searcher.report.items() if k != "isa"}
+        return dict(self.searcher.report)
 
     def _options(self, depth: int, **more: Any) -> dict[str, Any]:
         return {**rust_rules(self.rules), "defer": depth < self._deepest(), **more}

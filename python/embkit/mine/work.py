@@ -187,6 +187,8 @@ class _Run:
             self.store, table, vectors, self.rules, scratch, self.memory, self.threads,
             self.reranker,
         )  # fmt: skip
+        if task.miner.searcher.plan is not None:
+            say(f"{table.name}: {task.miner.searcher.plan}")
         start, first, parts = progress.done, 0, []
         blocks = self.dir / "blocks"
         blocks.mkdir(exist_ok=True)

@@ -19,8 +19,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 /// Queries of a block, and bytes of their encoding, at most.
 const QUERY_BLOCK: usize = 1020;
 const BLOCK_BYTES: usize = 8 << 20;
-/// Groups of queries that are alike, and the corpus from which on it matters.
-const ALIKE: usize = 256;
+/// Queries that are put side by side because they are alike, about, and the corpus from which on it
+/// matters.
+const ALIKE: usize = 64;
 const CACHE_BYTES: usize = 16 << 20;
 /// Memory when none is given.
 const MEMORY: usize = 2 << 30;
@@ -109,15 +110,16 @@ fn order(
     threads: usize,
     job: &Job,
 ) -> Result<Option<Vec<u32>>> {
-    if queries.len() < ALIKE * 16 || corpus_bytes < CACHE_BYTES {
+    let groups = (queries.len() / ALIKE).min(256);
+    if groups < 16 || corpus_bytes < CACHE_BYTES {
         return Ok(None);
     }
     let mut scratch = Vec::new();
-    let step = queries.len() / ALIKE;
-    let some = (0..ALIKE).flat_map(|i| queries.row(i * step, &mut scratch).to_vec());
+    let step = queries.len() / groups;
+    let some = (0..groups).flat_map(|i| queries.row(i * step, &mut scratch).to_vec());
     let some: Vec<f32> = some.collect();
     let (group_of, _) = ivf::assign(isa, queries, queries.len(), |i| i, &some, threads, job)?;
-    Ok(Some(ivf::group(&group_of, ALIKE).1))
+    Ok(Some(ivf::group(&group_of, groups).1))
 }
 
 fn check(queries: &Vectors, corpus: &Vectors, params: &SearchParams) -> Result<()> {

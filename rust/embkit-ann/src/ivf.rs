@@ -96,7 +96,7 @@ impl Ivf {
     }
 
     /// The `k` nearest rows among the `probes` lists nearest to each query, as [`crate::topk`]
-    /// returns them. A query that meets fewer than `k` rows visits further lists until it has them.
+    /// returns them. A query whose lists hold fewer than `k` rows is searched exactly.
     ///
     /// `corpus` is what the lists were built from. Errors: as [`crate::topk`].
     pub fn search(
@@ -208,7 +208,7 @@ impl Ivf {
             own.clear();
             own.extend_from_slice(&keys[starts[q]..starts[q + 1]]);
             if own.len() < k {
-                self.complete(range.start + q, source, k, &mut own);
+                self.complete(range.start + q, source, k, &mut own, job)?;
             }
             out.take(&mut own, k);
             job.advance(1);
@@ -283,14 +283,26 @@ impl Ivf {
     }
 
     /// All rows for a query whose lists hold fewer than `k`: rare, and then exact.
-    fn complete(&self, place: usize, source: &Source, k: usize, keys: &mut Vec<u64>) {
+    fn complete(
+        &self,
+        place: usize,
+        source: &Source,
+        k: usize,
+        keys: &mut Vec<u64>,
+        job: &Job,
+    ) -> Result<()> {
         keys.clear();
-        let positions = (0..self.row.len()).filter(|i| self.rows.real(i / NR) >> (i % NR) & 1 == 1);
-        let all: Vec<u64> = positions.map(|i| key_of(0.0, i as u32)).collect();
-        for some in all.chunks(4096) {
-            source.score(place, some, keys);
-            crate::best::cut(keys, k);
+        let mut some = Vec::with_capacity(4096);
+        for first in (0..self.row.len()).step_by(4096) {
+            job.check()?;
+            let here = first..self.row.len().min(first + 4096);
+            let real = here.filter(|i| self.rows.real(i / NR) >> (i % NR) & 1 == 1);
+            some.clear();
+            some.extend(real.map(|i| key_of(0.0, i as u32)));
+            source.score(place, &some, keys);
+            best::cut(keys, k);
         }
+        Ok(())
     }
 }
 

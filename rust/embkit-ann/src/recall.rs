@@ -58,16 +58,12 @@ pub fn calibrate(
     let tuned = Vectors::new(&[Part::F32(&tuned)], queries.width())?;
     let held = Vectors::new(&[Part::F32(&held)], queries.width())?;
 
-    let quiet = Job::new(); // the sample's queries are no progress
-    let exact = |queries: &Vectors| -> Result<TopK> {
-        job.check()?;
-        topk(queries, corpus, params, &quiet)
-    };
+    let exact = |queries: &Vectors| -> Result<TopK> { topk(queries, corpus, params, job) };
     let mut probes = ivf.probes_for(&tuned, &exact(&tuned)?.row, params.k, recall, job)?;
     let want = exact(&held)?;
     loop {
         job.check()?;
-        let got = ivf.search(&held, corpus, params.k, probes, params.threads, &quiet)?;
+        let got = ivf.search(&held, corpus, params.k, probes, params.threads, job)?;
         let (recall_now, error) = share(&want, &got, params.k);
         // Beyond the target by its own uncertainty: another sample should find it reached as well.
         if recall_now - error >= recall || probes == ivf.lists() {

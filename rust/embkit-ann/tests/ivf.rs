@@ -111,6 +111,26 @@ fn calibration_reaches_the_recall_and_measures_it() {
 }
 
 #[test]
+fn calibration_stops_when_it_is_cancelled() {
+    // Slow on purpose: the exact search of the sample alone takes seconds in plain Rust.
+    let (n, d) = (60_000, 64);
+    let values = vectors(n, d, 8);
+    let all = Vectors::new(&[Part::F32(&values)], d).unwrap();
+    let ivf = Ivf::build(Isa::best(), &all, 32, 0, 1, &Job::new()).unwrap();
+    let params = SearchParams { isa: Isa::PortableInt8, k: 10, threads: 1, memory: 0 };
+    let job = Job::new();
+    let took = std::thread::scope(|scope| {
+        let work = scope.spawn(|| calibrate(&ivf, &all, &all, 0.9, 0, &params, &job));
+        std::thread::sleep(std::time::Duration::from_millis(100));
+        let cancelled = std::time::Instant::now();
+        job.cancel();
+        assert!(matches!(work.join().unwrap(), Err(Error::Cancelled)));
+        cancelled.elapsed()
+    });
+    assert!(took.as_millis() < 300, "{took:?}");
+}
+
+#[test]
 fn short_lists_are_completed_and_bad_input_is_refused() {
     // One far-off row in a list of its own: its query needs rows of other lists.
     let (n, d, k) = (400, 8, 60);

@@ -3,12 +3,10 @@
 //! Inline assembly, because the intrinsics are not stable. A tile configuration belongs to the
 //! thread, and other libraries set their own: each call sets ours and releases it before it returns.
 
-use super::{Bars, Hits, MAX_MR, NR};
+use super::{Bars, Hits, MAX_MR, NR, vnni};
 use std::arch::asm;
 use std::arch::x86_64::{
-    __cpuid, __cpuid_count, _CMP_GT_OQ, _mm512_add_epi32, _mm512_cmp_ps_mask, _mm512_cvtepi32_ps,
-    _mm512_loadu_ps, _mm512_loadu_si512, _mm512_mul_ps, _mm512_set1_epi32, _mm512_set1_ps,
-    _mm512_storeu_ps, _xgetbv,
+    __cpuid, __cpuid_count, _mm512_add_epi32, _mm512_loadu_si512, _mm512_set1_epi32, _xgetbv,
 };
 use std::sync::OnceLock;
 
@@ -173,12 +171,8 @@ pub(super) unsafe fn tile(
             options(nostack),
         );
     }
-    // SAFETY: `scale` has 32 elements; the loads cover 0..16 and 16..32.
-    let scale =
-        unsafe { [_mm512_loadu_ps(scale.as_ptr()), _mm512_loadu_ps(scale.as_ptr().add(16))] };
     for i in 0..MR {
-        let (bar, start) = (_mm512_set1_ps(bars[i]), _mm512_set1_epi32(start[i]));
-        let row = &sums.0[i];
+        let (start, row) = (_mm512_set1_epi32(start[i]), &sums.0[i]);
         // SAFETY: `row` has 32 elements; the loads cover 0..16 and 16..32.
         let (low, high) = unsafe {
             (
@@ -186,18 +180,7 @@ pub(super) unsafe fn tile(
                 _mm512_loadu_si512(row.as_ptr().add(16).cast()),
             )
         };
-        let low = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_add_epi32(low, start)), scale[0]);
-        let high = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_add_epi32(high, start)), scale[1]);
-        let above = u32::from(_mm512_cmp_ps_mask::<_CMP_GT_OQ>(low, bar))
-            | u32::from(_mm512_cmp_ps_mask::<_CMP_GT_OQ>(high, bar)) << 16;
-        hits.above[i] = above;
-        if above != 0 {
-            let row = &mut hits.scores[i];
-            // SAFETY: `row` has 32 elements; the stores cover 0..16 and 16..32.
-            unsafe {
-                _mm512_storeu_ps(row.as_mut_ptr(), low);
-                _mm512_storeu_ps(row.as_mut_ptr().add(16), high);
-            }
-        }
+        let whole = [_mm512_add_epi32(low, start), _mm512_add_epi32(high, start)];
+        vnni::compare(whole, scale, bars[i], &mut hits.above[i], &mut hits.scores[i]);
     }
 }

@@ -2,8 +2,9 @@
 
 use super::{Bars, Hits, MAX_MR, NR};
 use std::arch::x86_64::{
-    _CMP_GT_OQ, _mm512_cmp_ps_mask, _mm512_cvtepi32_ps, _mm512_dpbusd_epi32, _mm512_loadu_ps,
-    _mm512_loadu_si512, _mm512_mul_ps, _mm512_set1_epi32, _mm512_set1_ps, _mm512_storeu_ps,
+    __m512i, _CMP_GT_OQ, _mm512_cmp_ps_mask, _mm512_cvtepi32_ps, _mm512_dpbusd_epi32,
+    _mm512_loadu_ps, _mm512_loadu_si512, _mm512_mul_ps, _mm512_set1_epi32, _mm512_set1_ps,
+    _mm512_storeu_ps,
 };
 
 pub(super) const MR: usize = 12;
@@ -37,23 +38,33 @@ pub(super) fn tile(
             sum[1] = _mm512_dpbusd_epi32(sum[1], high, a);
         }
     }
+    for i in 0..MR {
+        compare(sum[i], scale, bars[i], &mut hits.above[i], &mut hits.scores[i]);
+    }
+}
+
+/// Scales a query's sums with 32 rows and compares them with its bar.
+#[target_feature(enable = "avx512f")]
+pub(super) fn compare(
+    sums: [__m512i; 2],
+    scale: &[f32; NR],
+    bar: f32,
+    above: &mut u32,
+    scores: &mut [f32; NR],
+) {
     // SAFETY: `scale` has 32 elements; the loads cover 0..16 and 16..32.
     let scale =
         unsafe { [_mm512_loadu_ps(scale.as_ptr()), _mm512_loadu_ps(scale.as_ptr().add(16))] };
-    for i in 0..MR {
-        let bar = _mm512_set1_ps(bars[i]);
-        let low = _mm512_mul_ps(_mm512_cvtepi32_ps(sum[i][0]), scale[0]);
-        let high = _mm512_mul_ps(_mm512_cvtepi32_ps(sum[i][1]), scale[1]);
-        let above = u32::from(_mm512_cmp_ps_mask::<_CMP_GT_OQ>(low, bar))
-            | u32::from(_mm512_cmp_ps_mask::<_CMP_GT_OQ>(high, bar)) << 16;
-        hits.above[i] = above;
-        if above != 0 {
-            let row = &mut hits.scores[i];
-            // SAFETY: `row` has 32 elements; the stores cover 0..16 and 16..32.
-            unsafe {
-                _mm512_storeu_ps(row.as_mut_ptr(), low);
-                _mm512_storeu_ps(row.as_mut_ptr().add(16), high);
-            }
+    let bar = _mm512_set1_ps(bar);
+    let low = _mm512_mul_ps(_mm512_cvtepi32_ps(sums[0]), scale[0]);
+    let high = _mm512_mul_ps(_mm512_cvtepi32_ps(sums[1]), scale[1]);
+    *above = u32::from(_mm512_cmp_ps_mask::<_CMP_GT_OQ>(low, bar))
+        | u32::from(_mm512_cmp_ps_mask::<_CMP_GT_OQ>(high, bar)) << 16;
+    if *above != 0 {
+        // SAFETY: `scores` has 32 elements; the stores cover 0..16 and 16..32.
+        unsafe {
+            _mm512_storeu_ps(scores.as_mut_ptr(), low);
+            _mm512_storeu_ps(scores.as_mut_ptr().add(16), high);
         }
     }
 }

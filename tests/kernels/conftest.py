@@ -1,4 +1,7 @@
-"""Kernel tests run on torch alone: without an installed embkit the source folder is imported."""
+"""Kernel tests run on torch alone: without an installed embkit the source folder is imported.
+
+`from interpreter import against` works in every test here (see interpreter.py for the fixture).
+"""
 
 import importlib.util
 import sys
@@ -8,8 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))
 if importlib.util.find_spec("embkit_kernels") is None:
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "kernels"))
+    sys.path.insert(0, str(HERE.parents[1] / "kernels"))
+
+from interpreter import interpreter  # noqa: E402, F401
 
 
 @pytest.fixture(autouse=True)

@@ -7,6 +7,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 OUT ?= runs/quickstart
 GROUP ?= kernels
+NEXT ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/embkit/triton-next
+TRITON_NEXT ?= 3.8.0
 RIVALS ?= $(or $(EMBKIT_RIVALS),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/embkit/rivals)
 # A test file stays in one process: its tests share what they build. Files start in collection order.
 WORKERS := -n auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
@@ -14,7 +16,7 @@ IN_VENV := PATH="$(abspath $(BIN)):$$PATH" VIRTUAL_ENV="$(abspath $(VENV))"
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 RUST := $(shell find rust -name '*.rs' -o -name Cargo.toml 2>/dev/null) Cargo.toml Cargo.lock
 
-.PHONY: help build demo test test-all lint lint-rust lint-python bench rivals gpu wheel clean
+.PHONY: help build demo test test-all lint lint-rust lint-python bench rivals aot aot-next gpu wheel clean
 
 help: ## Show this help
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -79,6 +81,17 @@ rivals: $(VENV)/.built ## Rivals of the store, dedup and mine benches in an envi
 	  > "$$(echo $(RIVALS)/lib/python*/site-packages)/embkit-environment.pth"
 	@$(RIVALS)/bin/python -m pip install -q --disable-pip-version-check -r benches/rivals/requirements.txt
 	@$(RIVALS)/bin/python -m pip install -q --disable-pip-version-check --no-deps -r benches/rivals/no-deps.txt
+
+aot: $(VENV)/.packages ## Compile every kernel for sm_80, sm_90, sm_100; renew the table in docs/kernels.md
+	@PYTHONPATH=kernels $(BIN)/python -m embkit_kernels.aot --write docs/kernels.md
+
+# The newer triton lies over the pinned stack in an environment of its own.
+aot-next: $(VENV)/.packages ## Compile every kernel with a newer triton: make aot-next TRITON_NEXT=3.8.0
+	@test -x $(NEXT)/bin/python || $(BIN)/python -m venv $(NEXT)
+	@$(NEXT)/bin/python -m pip install -q --disable-pip-version-check --no-deps "triton==$(TRITON_NEXT)"
+	@$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+	  > "$$(echo $(NEXT)/lib/python*/site-packages)/embkit-environment.pth"
+	@PYTHONPATH=kernels $(NEXT)/bin/python -m embkit_kernels.aot
 
 gpu: $(VENV)/.built ## On a machine with a GPU: GPU tests, then the kernel benches
 	@$(BIN)/python -m pytest -q -m gpu tests

@@ -23,7 +23,8 @@ from embkit.data.tables import Examples
 from embkit.errors import CorruptError, EmbkitError, Preempted, UsageError
 from embkit.model import Encoder, check_export
 from embkit.recipe import Train
-from embkit.train import finetune, loop, prefinetune, train
+from embkit.train import finetune, prefinetune, train
+from embkit.train import step as one_step
 from embkit.train.checkpoint import sha256_tensors
 from embkit.train.optim import Optimizer, learning_rate
 
@@ -142,7 +143,7 @@ def test_sigterm_leaves_a_checkpoint_and_75(
 ) -> None:
     encoder = make_encoder(dropout=0.1)
     settings = {**SETTINGS, "checkpoint_every": 1000}
-    real = loop.compute
+    real = one_step.compute
     calls = 0
 
     def at_seven(*args: Any, **kwargs: Any) -> Any:
@@ -153,7 +154,7 @@ def test_sigterm_leaves_a_checkpoint_and_75(
         return real(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "compute", at_seven)
+        patch.setattr(one_step, "compute", at_seven)
         handler = signal.getsignal(signal.SIGTERM)
         with pytest.raises(Preempted, match="after step 7 of 20") as caught:
             prefinetune(encoder, store, out=tmp_path / "run", **settings)

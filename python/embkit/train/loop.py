@@ -23,7 +23,6 @@ import torch
 from embkit import _rust
 from embkit.data.batches import Batches
 from embkit.errors import EmbkitError, Preempted, UsageError, nearest
-from embkit.losses import Outcome, compute
 from embkit.progress import bar
 from embkit.recipe import Train
 from embkit.stage import digest_of, stage
@@ -32,10 +31,11 @@ from embkit.train.batches import Batch, allocator, stream
 from embkit.train.dynamic import split
 from embkit.train.log import Log, save_failed_batch
 from embkit.train.negatives import Negatives
-from embkit.train.optim import Optimizer, learning_rate
+from embkit.train.optim import Optimizer
 from embkit.train.profile import Clock, Profile
 from embkit.train.refresh import Miner
 from embkit.train.signals import StopFlag
+from embkit.train.step import Done, Step
 
 if TYPE_CHECKING:
     from embkit.model import Encoder
@@ -209,6 +209,7 @@ class _Run:
             )
         self.init_sha256 = checkpoint.sha256_tensors(encoder.state_dict())
         self.optimizer = Optimizer(encoder, config)
+        self.step = Step(encoder, config, self.optimizer)
         self.profile = Profile()
         self.log = Log(folder / "log.jsonl")
         self.threads = torch.get_num_threads()
@@ -264,57 +265,36 @@ class _Run:
         )
 
     def _step(self, batch: Batch) -> float:
-        """Forward, loss, backward, update, log line; returns the loss."""
+        """One step and its log line; returns the loss."""
         clock = Clock(self.profile)
-        step = batch.filled.step
-        parts = [self.encoder(m.ids, m.mask, m.prompt_len) for m in batch.micro]
-        e_RD = torch.cat(parts) if len(parts) > 1 else parts[0]
-        clock.lap("forward")
-        out = compute(
-            e_RD, batch.query, batch.positive, batch.hard, batch.sides,
-            dims=self.encoder.dims, config=self.config,
-        )  # fmt: skip
-        loss = float(out.loss.detach())
-        if not math.isfinite(loss):
-            self._fail(batch, f"The loss of step {step + 1} is {loss}.")
-        clock.lap("loss")
-        out.loss.backward()
-        clock.lap("backward")
-        rate = learning_rate(self.config, step)
-        norm = self.optimizer.step(rate)
-        if not math.isfinite(norm):
-            self._fail(batch, f"The gradient norm of step {step + 1} is {norm}.")
-        clock.lap("optimizer")
-        more = self.negatives.after(batch, e_RD)
+        step = batch.filled.step + 1
+        done = self.step.run(batch, clock)
+        if not math.isfinite(done.loss):
+            self._fail(batch, f"The loss of step {step} is {done.loss}.")
+        if not math.isfinite(done.norm):
+            self._fail(batch, f"The gradient norm of step {step} is {done.norm}.")
+        more = self.negatives.after(batch, done.embeddings)
         clock.lap("negatives")
-        self._write(batch, loss, out, rate, norm, more)
+        self._write(batch, done, more)
         self.profile.steps += 1
         self.profile.tokens += batch.filled.tokens
         self.profile.padded += batch.filled.padded
         clock.lap("other")
-        return loss
+        return done.loss
 
-    def _write(
-        self,
-        batch: Batch,
-        loss: float,
-        out: Outcome,
-        rate: float,
-        norm: float,
-        more: Mapping[str, Any],
-    ) -> None:
+    def _write(self, batch: Batch, done: Done, more: Mapping[str, Any]) -> None:
         """One line a step, without times: the log of two equal runs is equal byte for byte."""
-        per_dim, filled = out.per_dim.detach().tolist(), batch.filled
+        filled = batch.filled
         self.log.write(
             {
                 "step": filled.step + 1,
                 "task": filled.task,
                 "epoch": filled.epoch,
-                "loss": loss,
-                "loss_hex": loss.hex(),
-                "loss_per_dim": dict(zip(map(str, self.encoder.dims), per_dim, strict=True)),
-                "lr": rate,
-                "grad_norm": norm,
+                "loss": done.loss,
+                "loss_hex": done.loss.hex(),
+                "loss_per_dim": dict(zip(map(str, self.encoder.dims), done.per_dim, strict=True)),
+                "lr": done.rate,
+                "grad_norm": done.norm,
                 "tokens": filled.tokens,
                 "padded": filled.padded,
                 "rows": len(filled.rows),

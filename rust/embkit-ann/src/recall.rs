@@ -12,6 +12,9 @@ use embkit_core::{Error, Job, Result};
 
 /// Queries of the sample.
 const SAMPLE: usize = 768;
+/// Keeps the sample apart from the rows that the lists began from ([`Ivf::build`]), which find more of
+/// their neighbours than other rows do.
+const APART: u64 = 0x5245_4341_4c4c;
 
 /// Probes for a recall.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -45,7 +48,7 @@ pub fn calibrate(
             "Ask for a recall above 0 and at most 1, for at least one query",
         ));
     }
-    let order = Feistel::new(queries.len() as u64, seed);
+    let order = Feistel::new(queries.len() as u64, seed ^ APART);
     let size = SAMPLE.min(queries.len());
     let half = size.div_ceil(2);
     let sample = |from: usize, to: usize| {

@@ -7,6 +7,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 OUT ?= runs/quickstart
 GROUP ?= kernels
+GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 NEXT ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/embkit/triton-next
 TRITON_NEXT ?= 3.8.0
 RIVALS ?= $(or $(EMBKIT_RIVALS),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/embkit/rivals)
@@ -93,9 +94,10 @@ aot-next: $(VENV)/.packages ## Compile every kernel with a newer triton: make ao
 	  > "$$(echo $(NEXT)/lib/python*/site-packages)/embkit-environment.pth"
 	@PYTHONPATH=kernels $(NEXT)/bin/python -m embkit_kernels.aot
 
-gpu: $(VENV)/.built ## On a machine with a GPU: GPU tests, then the kernel benches
-	@$(BIN)/python -m pytest -q -m gpu tests
-	@$(BIN)/embkit bench kernels --json benches/results/kernels-gpu.json
+# No set-up and no Rust: torch and triton of the Python that is there. EMBKIT_WHEELS names a folder of
+# wheels of rivals; GPU_ARGS="--parts checks,infonce_3072 --write" and the like.
+gpu: ## On a machine with a GPU: checks at real sizes, GPU tests, kernel benches, tuner (8 minutes)
+	@PYTHONPATH=python:kernels $(GPU_PYTHON) -m embkit.bench.gpu $(GPU_ARGS)
 
 wheel: $(VENV)/.tools ## Build the abi3 wheel and the sdist into dist/
 	@$(IN_VENV) $(BIN)/maturin build --release --sdist --out dist

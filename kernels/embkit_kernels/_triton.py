@@ -4,11 +4,13 @@ Launch parameters (block sizes, warps, stages) are in `_configs/<op>.json` and n
 
     {"default":     {"forward": {"BLOCK": 64, "num_warps": 4, "num_stages": 3}},
      "sm_90":       {"forward": {...}},
-     "NVIDIA H200": {"arch": "sm_90", "forward": {...}}}
+     "NVIDIA H200": {"arch": "sm_90", "forward": {...}},
+     "candidates":  {"forward": [{...}, {...}]}}
 
-A launch takes the entry of its GPU by name, else of its architecture, else the untuned default. The
-ahead-of-time check (`aot.py`) compiles the same entries, so what ships is what was checked. This
-file needs no triton: the kernels that a `Spec` holds are whatever `triton.jit` made.
+A launch takes the entry of its GPU by name, else of its architecture, else the untuned default;
+candidates are what the tuner of `make gpu` tries. The ahead-of-time check (`aot.py`) compiles the
+entries that launches take, so what ships is what was checked. This file needs no triton: the
+kernels that a `Spec` holds are whatever `triton.jit` made.
 """
 
 import contextlib
@@ -85,13 +87,27 @@ def config(op: str, key: str, device: torch.device | None = None) -> Config:
 def shipped(op: str, key: str) -> Iterator[tuple[str, tuple[int, ...], Config]]:
     """Every entry of a kernel as (its name, the `ARCHES` it runs on, launch parameters)."""
     table = _table(op)
-    own = {name: _arch(name, entry) for name, entry in table.items() if key in entry}
+    own = {
+        name: _arch(name, entry)
+        for name, entry in table.items()
+        if key in entry and name != "candidates"
+    }
     # A GPU that has an entry of its own does not take its architecture's, but its siblings do.
     taken = {arch for name, arch in own.items() if name.startswith(("sm_", "gfx"))}
     for name, arch in own.items():
         arches = tuple(a for a in ARCHES if a not in taken) if arch is None else (arch,)
         if arches:
             yield name, arches, {**table[name][key], **_replaced.get((op, key), {})}
+
+
+def keys(op: str) -> list[str]:
+    """The kernels that an op's table has."""
+    return list(_table(op)["default"])
+
+
+def candidates(op: str, key: str) -> list[Config]:
+    """Changes to the launch parameters of a kernel that are worth a try; may be empty."""
+    return list(_table(op).get("candidates", {}).get(key, []))
 
 
 @contextlib.contextmanager
@@ -120,11 +136,12 @@ def _table(op: str) -> dict[str, dict[str, Any]]:
 
 
 def _names(device: torch.device) -> tuple[str, ...]:
-    return _gpu_names(device.index) if device.type == "cuda" else ()
+    return gpu_names(device.index) if device.type == "cuda" else ()
 
 
 @functools.cache
-def _gpu_names(index: int | None) -> tuple[str, ...]:
+def gpu_names(index: int | None) -> tuple[str, str]:
+    """Name and architecture of a GPU, as the tables spell them; None means the current one."""
     p = torch.cuda.get_device_properties(torch.cuda.current_device() if index is None else index)
     arch = p.gcnArchName.split(":")[0] if torch.version.hip else f"sm_{p.major}{p.minor}"
     return p.name, arch

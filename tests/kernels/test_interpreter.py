@@ -147,7 +147,8 @@ def tables(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "toy.json").write_text(
         '{"default": {"forward": {"BLOCK": 64, "num_warps": 4}, "backward": {"BLOCK": 32}},'
         ' "sm_90": {"forward": {"BLOCK": 128, "num_warps": 8}},'
-        ' "NVIDIA H200": {"arch": "sm_90", "backward": {"BLOCK": 256}}}'
+        ' "NVIDIA H200": {"arch": "sm_90", "backward": {"BLOCK": 256}},'
+        ' "candidates": {"forward": [{"BLOCK": 32}]}}'
     )
     monkeypatch.setattr(_triton, "CONFIGS", tmp_path)
     _triton._table.cache_clear()
@@ -156,7 +157,7 @@ def tables(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_configs_by_device(tables: None, monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = torch.device("cuda", 0)
     names: dict[int, tuple[str, str]] = {0: ("NVIDIA H200", "sm_90"), 1: ("Other", "sm_80")}
-    monkeypatch.setattr(_triton, "_gpu_names", names.__getitem__)
+    monkeypatch.setattr(_triton, "gpu_names", names.__getitem__)
     assert _triton.config("toy", "forward") == {"BLOCK": 64, "num_warps": 4}
     assert _triton.config("toy", "forward", CPU)["BLOCK"] == 64
     assert _triton.config("toy", "forward", gpu)["BLOCK"] == 128  # by architecture
@@ -175,6 +176,12 @@ def test_every_entry_is_compiled_where_it_runs(tables: None) -> None:
         ("default", (80, 90, 100, 942), {"BLOCK": 32}),
         ("NVIDIA H200", (90,), {"BLOCK": 256}),
     ]
+
+
+def test_candidates_are_no_entries(tables: None) -> None:
+    assert _triton.candidates("toy", "forward") == [{"BLOCK": 32}]
+    assert _triton.candidates("toy", "backward") == []
+    assert _triton.keys("toy") == ["forward", "backward"]
 
 
 def test_replaced_configs_come_back(tables: None) -> None:

@@ -223,17 +223,30 @@ def run_group(group: str, *, quick: bool = False, only: str = "") -> Iterator[Ro
 
 
 def table(rows: list[Row]) -> str:
-    """The rows as a Markdown table."""
-    head = "| row | embkit | unit | peer | peer's | ratio | of limit | peak |\n|" + "---|" * 8
-    lines = [
-        f"| {r.name} | {r.value:.4g} | {r.unit} | {r.peer or '-'} "
-        f"| {f'{r.peer_value:.4g}' if r.peer_value else '-'} "
-        f"| {f'{r.ratio:.2f}x' if r.ratio else '-'} "
-        f"| {f'{r.limit_share:.0%} of {r.limit}' if r.limit_share else '-'} "
-        f"| {r.peak_bytes / 1e6:.0f} MB |"
-        for r in rows
-    ]
-    return "\n".join([head, *lines])
+    """The rows as a Markdown table; with the time of a call where rows tell it (fact `ms`)."""
+    timed = any("ms" in r.facts for r in rows)
+    names = ["row", "embkit", "unit", "peer", "peer's", "ratio", "of limit", "peak"]
+    lines = [_line(names + ["time"] * timed), "|" + "---|" * (len(names) + timed)]
+    for r in rows:
+        cells = [
+            r.name,
+            f"{r.value:.4g}",
+            r.unit,
+            r.peer or "-",
+            f"{r.peer_value:.4g}" if r.peer_value else "-",
+            f"{r.ratio:.2f}x" if r.ratio else "-",
+            f"{r.limit_share:.0%} of {r.limit}" if r.limit_share else "-",
+            f"{r.peak_bytes / 1e6:.0f} MB",
+        ]
+        if timed:
+            ms = r.facts.get("ms", {})
+            cells.append(f"{ms['embkit']:.4g} ms" if ms else "-")
+        lines.append(_line(cells))
+    return "\n".join(lines)
+
+
+def _line(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
 
 
 def to_json(rows: list[Row]) -> str:

@@ -349,7 +349,7 @@ def miner(recipe: Recipe, store: Path) -> Miner:
 
 def start_encoder(recipe: Recipe, store: Store, *, model: str | None = None) -> Encoder:
     """The encoder that training starts from: ``model``, the recipe's path, or a new small BERT."""
-    from embkit.model import Encoder
+    from embkit.model import Encoder, Tuning
 
     t = recipe.tokenizer
     sides: dict[str, Any] = {
@@ -359,9 +359,15 @@ def start_encoder(recipe: Recipe, store: Store, *, model: str | None = None) -> 
     path = model or recipe.model.path
     if path is None:
         return Encoder.from_config(recipe.model, store.path / "tokenizer", **sides)
-    return Encoder.from_pretrained(
-        path, dims=recipe.model.dims, pooling=recipe.model.pooling, **sides
-    )
+    m = recipe.model
+    sides |= {"dims": m.dims, "pooling": m.pooling, "tuning": Tuning.from_recipe(m)}
+    if not m.include_prompt:
+        sides["include_prompt"] = False
+    if model is None:  # a model that is given has had its changes
+        sides |= {"bidirectional": m.bidirectional, "soft_mask_steps": m.soft_mask_steps}
+        sides |= {"keep_layers": m.keep_layers, "new_head": m.new_head, "seed": m.seed}
+        sides["projection_hidden"] = m.projection_hidden
+    return Encoder.from_pretrained(path, **sides)
 
 
 def describe(recipe: Recipe, *, out: Path) -> str:

@@ -3,5 +3,6 @@
 from embkit.model.encoder import Encoder
 from embkit.model.export import check_export, export
 from embkit.model.tokens import TextTokenizer
+from embkit.model.tuning import Tuning
 
-__all__ = ["Encoder", "TextTokenizer", "check_export", "export"]
+__all__ = ["Encoder", "TextTokenizer", "Tuning", "check_export", "export"]

@@ -1,16 +1,16 @@
 """The encoder: a transformer, pooling, an optional linear projection, and encoding of texts.
 
 Shape suffixes: B rows of a batch, L tokens of the longest row, H width of the states, D width of
-the embedding. `forward` returns raw embeddings: the kernels normalise each MRL prefix themselves,
-and `encode` cuts first and normalises then, because the prefix of a unit vector is no unit vector.
+the embedding, T tokens of all rows packed one after another. `forward` returns raw embeddings: the
+kernels normalise each MRL prefix themselves, and `encode` cuts first and normalises then, because
+the prefix of a unit vector is no unit vector.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,9 +18,18 @@ import numpy as np
 import torch
 from torch import nn
 
-from embkit import _rust, kernels
 from embkit.errors import UsageError
+from embkit.model import attention, states
+from embkit.model.convert import is_causal, make_bidirectional
+from embkit.model.convert import positions as positions
+from embkit.model.projection import linears, new_projection, prefix, seeded
+from embkit.model.rows import evaluating, gather
+from embkit.model.rows import hash_tensors as hash_tensors
+from embkit.model.rows import micro_batches as micro_batches
 from embkit.model.tokens import TextTokenizer, load_tokenizer, pad
+from embkit.model.tuning import Tuning, merged_state
+from embkit.model.tuning import apply as apply_tuning
+from embkit.model.tuning import merge as merge_adapters
 
 if TYPE_CHECKING:
     from embkit import recipe
@@ -38,14 +47,20 @@ class Encoder(nn.Module):
         tokenizer: anything :func:`embkit.model.tokens.load_tokenizer` takes.
         dims: MRL widths, any order; the largest is the width D of the embedding.
         pooling: ``"mean"``, ``"cls"`` or ``"last"``.
-        projection: linear layer without bias [D, H]. None keeps the states' width when D = H, and
-            makes a layer that starts as the cut to the first D numbers when D < H.
+        projection: linear layer without bias [D, H], or a Sequential of two. None keeps the states'
+            width when D = H, and makes a layer that starts as the cut to the first D numbers when
+            D < H.
         include_prompt: whether the tokens of the prompt count in the mean.
         prompts: text put before a text of a role, ``{"query": ..., "passage": ...}``.
         max_length: tokens a text of a role keeps, special tokens included.
+        bidirectional: let every token see every other in a model that was causal (docs/models.md).
+        soft_mask_steps: training steps over which that happens, as in Conan-embedding-v2; 0 is at
+            once.
+        tuning: what is trained, and how.
 
     Raises:
-        UsageError: unknown pooling, no width, or a width the model does not give.
+        UsageError: unknown pooling, no width, a width the model does not give, a model that stays
+            causal, or a part to freeze that it does not have.
     """
 
     def __init__(
@@ -55,10 +70,13 @@ class Encoder(nn.Module):
         *,
         dims: Sequence[int],
         pooling: str = "mean",
-        projection: nn.Linear | None = None,
+        projection: nn.Module | None = None,
         include_prompt: bool = True,
         prompts: Mapping[str, str] | None = None,
         max_length: Mapping[str, int] | None = None,
+        bidirectional: bool = False,
+        soft_mask_steps: int = 0,
+        tuning: Tuning | None = None,
     ) -> None:
         super().__init__()
         self.backbone: Any = backbone
@@ -72,7 +90,7 @@ class Encoder(nn.Module):
         given = max_length or {}
         self.max_length = {r: min(int(given.get(r, limit)), limit) for r in ROLES}
         hidden = int(getattr(backbone.config, "hidden_size", 0))
-        width = projection.out_features if projection is not None else hidden
+        width = linears(projection)[-1].out_features if projection is not None else hidden
         if pooling not in POOLINGS:
             raise UsageError(
                 f"Unknown pooling {pooling!r}.", where="pooling", fix=f"one of {POOLINGS}"
@@ -84,13 +102,28 @@ class Encoder(nn.Module):
                 fix=f"give widths from 1 to {width}, or let a projection make a wider embedding",
             )
         if projection is None and self.dims[0] < hidden:
-            self.projection = _prefix(hidden, self.dims[0])
+            self.projection = prefix(hidden, self.dims[0])
         if pooling != "mean" and not include_prompt:
             raise UsageError(
                 "Only mean pooling can leave the prompt out.",
                 where="include_prompt",
                 fix='use pooling = "mean", or include the prompt',
             )
+        if is_causal(backbone) and hasattr(backbone.config, "use_cache"):
+            backbone.config.use_cache = False  # keys and values for generation: memory for nothing
+        self._attends = attention.use(backbone) and states.takes_positions(backbone)
+        self.soft_mask_steps, self.soft_mask_step = soft_mask_steps, 0
+        if soft_mask_steps and not (self._attends and bidirectional):
+            raise UsageError(
+                f"soft_mask_steps = {soft_mask_steps} opens the attention of a causal model that "
+                "becomes bidirectional.",
+                where="soft_mask_steps",
+                fix="set bidirectional = true, or leave it out",
+            )
+        if bidirectional:
+            make_bidirectional(backbone)
+        self.tuning = tuning or Tuning()
+        apply_tuning(self, self.tuning)
 
     @classmethod
     def from_config(
@@ -128,15 +161,20 @@ class Encoder(nn.Module):
         with seeded(model.seed):
             backbone = BertModel(config, add_pooling_layer=False)
             width = max(model.dims)
-            projection = new_projection(model.hidden, width) if model.projection else None
+            between = model.projection_hidden
+            made = (
+                new_projection(model.hidden, width, between=between) if model.projection else None
+            )
         return cls(
             backbone,
             tokens,
             dims=model.dims,
             pooling=model.pooling,
-            projection=projection,
+            projection=made,
+            include_prompt=model.include_prompt,
             prompts=prompts,
             max_length=lengths,
+            tuning=Tuning.from_recipe(model),
         )
 
     @classmethod
@@ -156,31 +194,102 @@ class Encoder(nn.Module):
         """Where the weights are."""
         return next(self.parameters()).device
 
+    @property
+    def bidirectional(self) -> bool:
+        """Whether tokens see later ones, or will when the soft mask is open."""
+        return not is_causal(self.backbone)
+
+    @property
+    def opening(self) -> float:
+        """How open the attention is: 0 causal, 1 as the model is built."""
+        return min(self.soft_mask_step / self.soft_mask_steps, 1.0) if self.soft_mask_steps else 1.0
+
+    @property
+    def can_pack(self) -> bool:
+        """Whether :meth:`packed` works with this model, now."""
+        return self._attends and self.opening == 1.0
+
+    def begin_step(self, step: int) -> None:
+        """Set what depends on the training step, counted from 0: the soft mask.
+
+        A function of the step alone, so a resumed run goes on with the same mask.
+        """
+        self.soft_mask_step = min(step + 1, self.soft_mask_steps)
+
+    def finish(self) -> None:
+        """End a training stage: adapters go into the weights, and new ones take their place.
+
+        What an export holds, and what a next stage starts from, is then the encoder itself.
+        """
+        if self.tuning.lora:
+            merge_adapters(self)
+            apply_tuning(self, self.tuning)
+
     def forward(
         self,
         input_ids: torch.Tensor,
-        attention_mask: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
         prompt_len: torch.Tensor | None = None,
+        *,
+        cu_seqlens: torch.Tensor | None = None,
+        longest: int | None = None,
     ) -> torch.Tensor:
-        """Raw embeddings.
+        """Raw embeddings of a padded batch, or of a packed one.
 
         Args:
-            input_ids: token ids int64 [B, L], padded on the right.
-            attention_mask: 1 for tokens, 0 for padding, int64 [B, L].
+            input_ids: token ids int64 [B, L], padded on either side; [T] with ``cu_seqlens``.
+            attention_mask: 1 for tokens, 0 for padding, int64 [B, L]; None with ``cu_seqlens``.
             prompt_len: tokens of the prompt in front int64 [B]; used when the prompt is excluded.
+            cu_seqlens, longest: see :meth:`packed`, which wrappers of a module do not see.
 
         Returns:
             float [B, D], not normalised.
         """
-        h_BLH = self.backbone(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-        if self.pooling == "mean":
-            skip = None if self.include_prompt else prompt_len
-            pooled_BH = kernels.mean_pool(h_BLH, mask=attention_mask, prompt_len=skip)
-        elif self.pooling == "cls":
-            pooled_BH = kernels.cls_pool(h_BLH)
+        skip = None if self.include_prompt else prompt_len
+        if cu_seqlens is None:
+            if attention_mask is None:
+                raise UsageError("A padded batch needs its attention_mask.", fix="give the mask")
+            h_BLH = states.padded(self.backbone, input_ids, attention_mask, opening=self.opening)
+            pooled_BH = states.pool(h_BLH, attention_mask, pooling=self.pooling, skip=skip)
         else:
-            pooled_BH = kernels.last_token_pool(h_BLH, mask=attention_mask)
+            if not self.can_pack:
+                why = "until its soft mask is open" if self._attends else "with its attention"
+                raise UsageError(
+                    f"{type(self.backbone).__name__} takes no packed input {why}.",
+                    fix="use padded batches",
+                )
+            h_TH = states.packed(self.backbone, input_ids, cu_seqlens, longest=longest)
+            pooled_BH = states.pool_packed(h_TH, cu_seqlens, pooling=self.pooling, skip=skip)
         return self.projection(pooled_BH) if self.projection is not None else pooled_BH
+
+    def packed(
+        self,
+        ids: torch.Tensor,
+        cu_seqlens: torch.Tensor,
+        prompt_len: torch.Tensor | None = None,
+        *,
+        longest: int | None = None,
+    ) -> torch.Tensor:
+        """Raw embeddings of sequences that lie one after another, without padding.
+
+        The same as :meth:`forward` on the padded batch, to rounding. On CUDA in half precision one
+        varlen kernel takes all sequences, elsewhere SDPA each run of equal lengths.
+
+        Args:
+            ids: token ids int64 [T].
+            cu_seqlens: int32 [B + 1]; sequence b is ids[cu_seqlens[b]:cu_seqlens[b + 1]].
+            prompt_len: tokens of the prompt in front int64 [B]; used when the prompt is excluded.
+            longest: tokens of the longest sequence; None reads it from ``cu_seqlens``, for which a
+                GPU is waited for.
+
+        Returns:
+            float [B, D], not normalised.
+
+        Raises:
+            UsageError: a model whose attention takes no packed input, or a soft mask that is not
+                open yet; see :attr:`can_pack`.
+        """
+        return self(ids, prompt_len=prompt_len, cu_seqlens=cu_seqlens, longest=longest)
 
     def encode(
         self,
@@ -259,15 +368,40 @@ class Encoder(nn.Module):
         )  # fmt: skip
 
     def digest(self, algorithm: str = "sha256") -> str:
-        """Hex digest of everything that decides an embedding: weights, widths, pooling, tokenizer.
+        """Hex digest of everything that decides an embedding, and of what will be trained.
 
-        The same for a model in memory and for its export, and independent of the file form.
+        Weights, widths, pooling, tokenizer, prompts, and where they are not the plain ones the
+        direction of attention and the tuning. The same for a model in memory and for its export,
+        and independent of the file form.
         """
         total = hashlib.new(algorithm)
         about = [list(self.dims), self.pooling, self.include_prompt, self.tokenizer.json]
-        total.update(json.dumps([*about, self.prompts, self.max_length], sort_keys=True).encode())
-        hash_tensors(total, self.state_dict())
+        more = self.beyond_weights()
+        sides = [self.prompts, self.max_length, *([more] if more else [])]
+        total.update(json.dumps([*about, *sides], sort_keys=True).encode())
+        hash_tensors(total, self.merged_state())
         return total.hexdigest()
+
+    def merged_state(self) -> dict[str, torch.Tensor]:
+        """Weights by name as an export has them: adapters are in the weights."""
+        if not self.tuning.lora:
+            return self.state_dict()
+        own = {f"backbone.{k}": v for k, v in merged_state(self.backbone).items()}
+        return own | {k: v for k, v in self.state_dict().items() if not k.startswith("backbone.")}
+
+    def beyond_weights(self) -> dict[str, Any]:
+        """What neither weights nor settings of every encoder say, as JSON types; {} for most."""
+        out: dict[str, Any] = {}
+        config = self.backbone.config
+        if getattr(config, "is_causal", None) is False or getattr(
+            config, "use_bidirectional_attention", False
+        ):
+            out["bidirectional"] = True
+        if self.opening < 1.0:
+            out["soft_mask"] = {"steps": self.soft_mask_steps, "step": self.soft_mask_step}
+        if changed := self.tuning.changes():
+            out["tuning"] = changed
+        return out
 
     def export(self, path: Path | str) -> Path:
         """Write the sentence-transformers layout; see :func:`embkit.model.export.export`."""
@@ -313,80 +447,3 @@ class Encoder(nn.Module):
                 if progress is not None:
                     progress(done)
         return out
-
-
-def micro_batches(lengths: np.ndarray, budget: int) -> Iterator[np.ndarray]:
-    """Cut rows, longest first, into batches of similar length and at most ``budget`` tokens.
-
-    Titles beside descriptions would be mostly padding in one batch, and many small batches cost
-    calls: the cuts are where padded tokens plus a fixed price per batch are least in sum.
-
-    Args:
-        lengths: tokens of each row, int [n].
-        budget: tokens of a batch with padding; one row is taken even when it is longer.
-
-    Yields:
-        Positions int64 [b] into ``lengths``; together each exactly once. Ties keep their order.
-    """
-    order, ends = _rust.micro_batches(np.ascontiguousarray(lengths, np.uint32), budget)
-    if len(order):
-        yield from np.split(order.astype(np.int64), ends[:-1].astype(np.int64))
-
-
-def gather(store: Any, rows: np.ndarray, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
-    """Padded ids and mask, int64 [b, L], of rows of a token store."""
-    width = max(int(np.asarray(store.lengths(rows)).max(initial=0)), 1)
-    ids = np.full(len(rows) * width, pad_id, np.int64)
-    mask = np.zeros(len(rows) * width, np.int64)
-    store.gather_padded(rows, ids, mask, pad_id)
-    return ids.reshape(-1, width), mask.reshape(-1, width)
-
-
-def hash_tensors(total: Any, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Feed names, dtypes, shapes and values to a hash, in the order of the names."""
-    for name, tensor in sorted(tensors.items()):
-        value = tensor.detach().cpu().contiguous()
-        total.update(f"{name} {value.dtype} {list(value.shape)}".encode())
-        total.update(value.reshape(-1).view(torch.uint8).numpy().data)
-
-
-def new_projection(hidden: int, width: int) -> nn.Linear:
-    """A randomly initialised projection [width, hidden] without bias, rows of about unit norm."""
-    layer = nn.Linear(hidden, width, bias=False)
-    nn.init.normal_(layer.weight, std=hidden**-0.5)
-    return layer
-
-
-def _prefix(hidden: int, width: int) -> nn.Linear:
-    """A projection that keeps the first ``width`` of ``hidden`` numbers."""
-    layer = nn.Linear(hidden, width, bias=False)
-    nn.init.eye_(layer.weight)
-    return layer
-
-
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Draw torch's random numbers from ``seed`` inside, and leave the caller's state alone."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        yield
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Switch dropout off inside."""
-    was = module.training
-    module.eval()
-    try:
-        yield
-    finally:
-        module.train(was)
-
-
-def positions(backbone: Any) -> int:
-    """Longest input the position table allows; XLM-R and RoBERTa start after the padding index."""
-    config = backbone.config
-    limit = int(getattr(config, "max_position_embeddings", 512) or 512)
-    if getattr(config, "model_type", "") in ("roberta", "xlm-roberta", "camembert"):
-        limit -= int(config.pad_token_id) + 1
-    return limit

@@ -21,7 +21,9 @@ import embkit
 from embkit import _rust
 from embkit.errors import EmbkitError, UsageError
 from embkit.model.encoder import Encoder
-from embkit.model.load import VERSION, quiet
+from embkit.model.load import quiet
+from embkit.model.projection import linears
+from embkit.model.tuning import merged_state
 
 _TYPE = "sentence_transformers.models"
 _LAYOUT = "3.4.1"  # the oldest sentence-transformers this layout is tested with
@@ -104,9 +106,9 @@ def _files(encoder: Encoder, title: str) -> dict[str, bytes]:
     settings["architectures"] = [type(encoder.backbone).__name__]
     tokenizer = {**encoder.tokenizer.config, "model_max_length": length}
     modules = [("", "Transformer"), ("1_Pooling", "Pooling")]
-    if encoder.projection is not None:
-        modules.append(("2_Dense", "Dense"))
-    modules.append(("3_Normalize", "Normalize"))
+    dense = {f"{2 + i}_Dense": layer for i, layer in enumerate(linears(encoder.projection))}
+    modules += [(folder, "Dense") for folder in dense]
+    modules.append((f"{max(2 + len(dense), 3)}_Normalize", "Normalize"))
     files = {
         "config.json": _json(settings),
         "model.safetensors": _safetensors(_with_pooler(encoder)),
@@ -138,28 +140,27 @@ def _files(encoder: Encoder, title: str) -> dict[str, bytes]:
         "embkit.json": _json(
             {
                 "format": "embkit.model",
-                "version": VERSION,
+                "version": 2 if encoder.opening < 1 else 1,
                 "dims": list(encoder.dims),
                 "pooling": encoder.pooling,
                 "include_prompt": encoder.include_prompt,
                 "prompts": encoder.prompts,
                 "max_length": encoder.max_length,
                 "digest": encoder.digest(),
+                **encoder.beyond_weights(),
             }
         ),
         "README.md": _card(encoder, title).encode(),
     }
-    if encoder.projection is not None:
-        dense = {
-            "in_features": hidden,
-            "out_features": encoder.projection.out_features,
+    for folder, layer in dense.items():
+        about = {
+            "in_features": layer.in_features,
+            "out_features": layer.out_features,
             "bias": False,
             "activation_function": "torch.nn.modules.linear.Identity",
         }
-        files["2_Dense/config.json"] = _json(dense)
-        files["2_Dense/model.safetensors"] = _safetensors(
-            {"linear.weight": encoder.projection.weight}
-        )
+        files[f"{folder}/config.json"] = _json(about)
+        files[f"{folder}/model.safetensors"] = _safetensors({"linear.weight": layer.weight})
     return files
 
 
@@ -183,7 +184,7 @@ def _with_pooler(encoder: Encoder) -> dict[str, torch.Tensor]:
     AutoModel builds the pooler anyway; without weights for it transformers draws random ones and
     warns about it each time a user loads the model.
     """
-    weights = dict(encoder.backbone.state_dict())
+    weights = merged_state(encoder.backbone)
     if getattr(encoder.backbone.config, "model_type", "") in ("bert", "roberta", "xlm-roberta"):
         hidden = int(encoder.backbone.config.hidden_size)
         weights.setdefault("pooler.dense.weight", torch.eye(hidden))
@@ -232,8 +233,46 @@ model = SentenceTransformer("{title}", truncate_dim={encoder.dims[-1]})
 embeddings = model.encode(["a text", "another text"], normalize_embeddings=True)
 ```
 
-- Pooling: {encoder.pooling}; projection: {"linear" if encoder.projection is not None else "none"}
+- Pooling: {encoder.pooling}; projection: {_head(encoder)}
 - Longest text: {length} tokens (queries were trained with {encoder.max_length["query"]})
 - Prompts: query {encoder.prompts["query"]!r}, passage {encoder.prompts["passage"]!r}
 - Similarity: cosine
+{_attention_note(encoder)}"""
+
+
+def _head(encoder: Encoder) -> str:
+    layers = linears(encoder.projection)
+    widths = [layer.out_features for layer in layers]
+    if len(layers) > 1:
+        return f"{len(layers)} linear layers, {' -> '.join(map(str, widths))}"
+    return "linear" if layers else "none"
+
+
+def _attention_note(encoder: Encoder) -> str:
+    """What the reader of a converted language model has to know."""
+    import transformers
+
+    if encoder.opening < 1:
+        return f"""
+## Attention
+
+Unfinished: the soft mask of this model is {encoder.opening:.0%} open. Only embkit computes it;
+sentence-transformers would let every token see every other.
 """
+    if "bidirectional" not in encoder.beyond_weights():
+        return ""
+    flag = "use_bidirectional_attention" if _own_flag(encoder) else "is_causal"
+    value = "true" if _own_flag(encoder) else "false"
+    return f"""
+## Attention
+
+Bidirectional: a language model was turned into an encoder. `config.json` says so by
+`"{flag}": {value}`. transformers {transformers.__version__}, with which this was exported, follows
+it; a library that does not know the key runs the model with causal attention and gives other
+embeddings, without an error. To be sure, embed two texts that differ in the last word alone and
+compare the states of their first token: they must differ.
+"""
+
+
+def _own_flag(encoder: Encoder) -> bool:
+    return bool(getattr(encoder.backbone.config, "use_bidirectional_attention", False))

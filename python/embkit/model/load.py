@@ -17,10 +17,13 @@ import torch
 from torch import nn
 
 from embkit.errors import CorruptError, FormatError, UsageError
-from embkit.model.encoder import Encoder, new_projection, seeded
+from embkit.model.convert import keep_layers as keep_bottom
+from embkit.model.encoder import Encoder
+from embkit.model.projection import join, linears, new_projection, seeded
 from embkit.model.tokens import load_tokenizer, read_json
+from embkit.model.tuning import Tuning
 
-VERSION = 1
+VERSION = 2  # 2 has soft_mask, which a reader of 1 would leave out
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[\w.-]+)?$")
 _HUB_SECONDS = 5
 _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*/config.json", "*/model.safetensors"]
@@ -29,6 +32,10 @@ _LEGACY_POOLING = {
     "pooling_mode_cls_token": "cls",
     "pooling_mode_lasttoken": "last",
 }
+_DROPOUTS = (
+    "hidden_dropout_prob", "attention_probs_dropout_prob", "attention_dropout", "embedding_dropout",
+    "mlp_dropout", "hidden_dropout", "dropout",
+)  # fmt: skip
 _NEW_POOLING = {"mean": "mean", "cls": "cls", "lasttoken": "last"}
 
 
@@ -42,6 +49,13 @@ def load_encoder(
     max_length: Mapping[str, int] | None = None,
     dropout: float | None = None,
     seed: int = 0,
+    include_prompt: bool | None = None,
+    bidirectional: bool | None = None,
+    soft_mask_steps: int | None = None,
+    keep_layers: int = 0,
+    new_head: bool = False,
+    projection_hidden: int = 0,
+    tuning: Tuning | None = None,
 ) -> Encoder:
     """Load an encoder; what is not given comes from the directory.
 
@@ -53,9 +67,17 @@ def load_encoder(
         prompts: text per role. max_length: tokens per role.
         dropout: of states and attention, for training; default: what the config says.
         seed: of a projection that has to be made.
+        include_prompt: whether the prompt's tokens count in the mean.
+        bidirectional: let tokens of a causal model see later ones. soft_mask_steps: training steps
+            over which they come to, 0 for at once.
+        keep_layers: keep the bottom blocks only; 0 keeps all.
+        new_head: put a new random projection in place of the directory's, if any.
+            projection_hidden: width between its two layers; 0 for one layer.
+        tuning: what is trained.
 
     Raises:
-        UsageError: no such directory or id, no tokenizer, or a layout that embkit does not speak.
+        UsageError: no such directory or id, no tokenizer, a layout that embkit does not speak, or a
+            change that the model does not allow.
         CorruptError: no weights, or weights that are damaged or do not fit the config.
     """
     folder = _find(path)
@@ -68,25 +90,39 @@ def load_encoder(
     _check_weights(folder)
     tokens = load_tokenizer(folder if tokenizer is None else tokenizer)
     backbone = _backbone(folder, dropout)
+    if keep_layers:
+        keep_bottom(backbone, keep_layers)
     ours, module = _ours(folder), _modules(folder)
-    projection = module.get("projection")
+    layers = module.get("projection", [])
     hidden = int(backbone.config.hidden_size)
     if dims is None:
-        dims = ours.get("dims") or [projection.out_features if projection else hidden]
-    if projection is None and max(dims, default=0) > hidden:
+        dims = ours.get("dims") or [layers[-1].out_features if layers else hidden]
+    if new_head or projection_hidden or (not layers and max(dims, default=0) > hidden):
         with seeded(seed):
-            projection = new_projection(hidden, max(dims))
+            layers = linears(new_projection(hidden, max(dims), between=projection_hidden))
+    opening = ours.get("soft_mask", {})
+    if soft_mask_steps is not None:
+        opening = {"steps": soft_mask_steps}
+    if tuning is None:
+        tuning = Tuning.of(ours.get("tuning", {}))
+    if include_prompt is None:
+        include_prompt = module.get("include_prompt", True)
     lengths = max_length or ours.get("max_length") or module.get("max_length")
-    return Encoder(
+    made = Encoder(
         backbone,
         tokens,
         dims=dims,
         pooling=pooling or module.get("pooling", "mean"),
-        projection=projection,
-        include_prompt=module.get("include_prompt", True),
+        projection=join(layers),
+        include_prompt=include_prompt,
         prompts=prompts or ours.get("prompts") or module.get("prompts"),
         max_length=lengths,
+        bidirectional=ours.get("bidirectional", False) if bidirectional is None else bidirectional,
+        soft_mask_steps=int(opening.get("steps", 0)),
+        tuning=tuning,
     ).eval()
+    made.soft_mask_step = int(opening.get("step", 0))
+    return made
 
 
 def _find(path: Path | str) -> Path:
@@ -144,12 +180,12 @@ def _backbone(folder: Path, dropout: float | None) -> Any:
     from transformers import AutoConfig, AutoModel
 
     read_json(folder / "config.json")
-    overrides: dict[str, Any] = {}
-    if dropout is not None:
-        overrides = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
     try:
         with quiet(), seeded(0):
-            config = AutoConfig.from_pretrained(folder, local_files_only=True, **overrides)
+            config = AutoConfig.from_pretrained(folder, local_files_only=True)
+            for name in _DROPOUTS if dropout is not None else ():
+                if hasattr(config, name):
+                    setattr(config, name, dropout)
             model, report = AutoModel.from_pretrained(
                 folder,
                 config=config,
@@ -216,9 +252,7 @@ def _modules(folder: Path) -> dict[str, Any]:
         if kind == "Pooling":
             out |= _pooling(where / "config.json")
         elif kind == "Dense":
-            if "projection" in out:
-                raise UsageError("embkit has one projection layer.", where=listing)
-            out["projection"] = _dense(where)
+            out.setdefault("projection", []).append(_dense(where))
         elif kind not in ("Transformer", "Normalize"):
             raise UsageError(
                 f"Unknown sentence-transformers module {kind}.",

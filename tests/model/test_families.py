@@ -10,13 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from families import DECODERS, ENCODERS, FAMILIES, backbone
 from tokenizers import Tokenizer
 
 from embkit.errors import UsageError
 from embkit.model import Encoder, attention
 from embkit.model.convert import is_causal, keep_layers, make_bidirectional, sees_later_tokens
-
-from .families import DECODERS, ENCODERS, FAMILIES, backbone
 
 FULL = os.environ.get("EMBKIT_TEST_FULL") == "1"
 ROUNDING = 2e-6  # of unit embeddings in fp32

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from families import backbone
 from tokenizers import Tokenizer
 
 from embkit import recipe
@@ -19,7 +20,6 @@ from embkit.model import Encoder, Tuning, check_export
 from embkit.model.attention import soft_mask
 from embkit.model.projection import new_projection, seeded
 
-from .families import backbone
 from .test_families import batch, encoder_of, unit
 
 LORA = importlib.util.find_spec("peft") is not None
@@ -205,6 +205,11 @@ def test_an_unfinished_opening_reloads_exactly(tokenizer: Tokenizer, tmp_path: P
         assert np.array_equal(back.encode(texts), encoder.encode(texts))
         assert ("Unfinished" in (out / "README.md").read_text()) == (step != 9)
     assert back.soft_mask_steps == 0 and back.bidirectional  # a next stage starts open
+    encoder = encoder_of("llama", tokenizer, bidirectional=True, soft_mask_steps=10)
+    encoder.check_steps(10)
+    with pytest.raises(UsageError, match="opens over 10 steps, and 9 are trained"):
+        encoder.check_steps(9)
+    back.check_steps(1)
     with pytest.raises(UsageError, match="bidirectional = true"):
         encoder_of("llama", tokenizer, soft_mask_steps=3)
 

@@ -216,11 +216,27 @@ class Encoder(nn.Module):
         """
         self.soft_mask_step = min(step + 1, self.soft_mask_steps)
 
+    def check_steps(self, steps: int) -> None:
+        """Refuse a training that would end before the soft mask is open.
+
+        Raises:
+            UsageError: ``steps`` is below ``soft_mask_steps``.
+        """
+        if self.opening < 1.0 and steps < self.soft_mask_steps:
+            raise UsageError(
+                f"The attention opens over {self.soft_mask_steps} steps, and {steps} are trained.",
+                where="soft_mask_steps",
+                fix=f"give at most {steps}",
+            )
+
     def finish(self) -> None:
-        """End a training stage: adapters go into the weights, and new ones take their place.
+        """End a training stage: adapters go into the weights, and new ones take their place; a soft
+        mask that is open stays open.
 
         What an export holds, and what a next stage starts from, is then the encoder itself.
         """
+        if self.opening == 1.0:
+            self.soft_mask_steps = self.soft_mask_step = 0
         if self.tuning.lora:
             merge_adapters(self)
             apply_tuning(self, self.tuning)

@@ -145,11 +145,13 @@ def train(
         if work.done:
             return Encoder.from_pretrained(work.out / "model"), Profile()
         checks.before_training(encoder, store)
+        encoder.check_steps(config.steps)
         run = _Run(copy.deepcopy(encoder), store, mined, miner, config, work.dir, work.digest)
         run.adopt_sides()
         with deterministic(), bar(name.capitalize(), total=config.steps, unit="steps") as progress:
             run.all(progress)
         shutil.rmtree(work.dir / REFRESH, ignore_errors=True)
+        run.encoder.finish()
         export(run.encoder, work.dir / "model", name=Path(out).name)
         work.publish(
             {
@@ -358,6 +360,7 @@ class _Run:
         self.threads = int(state["torch_threads"])
         torch.set_num_threads(self.threads)
         self.done = int(state["step"])
+        self.encoder.begin_step(self.done - 1)
         self._open_negatives().restore(slices, state, self.done)
         self.log.start(self.done)
         return self.done

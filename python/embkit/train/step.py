@@ -48,6 +48,7 @@ class Step:
 
     def run(self, batch: Batch, clock: Clock) -> Done:
         """Forward, loss, backward, update; ``clock`` gets a lap for each."""
+        self.encoder.begin_step(batch.filled.step)
         parts = [self.encoder(m.ids, m.mask, m.prompt_len) for m in batch.micro]
         e_RD = torch.cat(parts) if len(parts) > 1 else parts[0]
         clock.lap("forward")

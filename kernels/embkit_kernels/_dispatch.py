@@ -26,8 +26,8 @@ ENV = "EMBKIT_KERNELS"
 CHOICES = ("auto", "triton", "ref")
 OPS = ("infonce", "cosent", "mean_pool")
 
-_TRITON_OPS: frozenset[str] = frozenset()
-"""Ops that have a Triton kernel. None yet."""
+_TRITON_OPS: frozenset[str] = frozenset({"cosent", "mean_pool"})
+"""Ops that have a Triton kernel."""
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _CAPABILITY = (8, 0)

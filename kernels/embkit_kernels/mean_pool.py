@@ -1,10 +1,16 @@
 """Masked mean pooling of token states, padded or packed, without the prompt's tokens.
 
-    y_b = (1 / n_b) sum over the n_b kept tokens t of b of x_t        dx_t = g_b / n_b if t is kept
+    m_b = (1 / n_b) sum over the n_b kept tokens t of b of x_t     y_b = m_b, or r_b m_b normalised
+    dx_t = (1 / n_b) h_b if t is kept, else 0,      h_b = g_b, or r_b (g_b - (g_b . y_b) y_b)
 
-Sums run in float32 (float64 for float64 states). A sequence with no kept token gives zeros and no
-gradient. States at dropped positions are never read into a sum, so NaN in the padding is harmless.
-Every sum has a fixed order: no atomics.
+with r_b = 1 / |m_b|. Sums run in float32 (float64 for float64 states). A sequence with no kept
+token gives zeros and no gradient. States at dropped positions are never read into a sum, so NaN in
+the padding is harmless. Every sum has a fixed order: no atomics, and nothing waits for the device.
+
+Two custom ops: `mean_pool_packed` over spans of rows [start, end), which is also what padded states
+with lengths are, and `mean_pool_padded` for states with a mask. Their Triton kernels are in
+`mean_pool_triton.py`. Prefix norms of the result are not made here: between pooling and a loss
+there is a projection or a gather over ranks, and the losses take raw embeddings.
 """
 
 from typing import Any
@@ -32,9 +38,10 @@ def mean_pool(
 
     Args:
         states: [B, L, H] padded, or [T, H] packed with `cu_seqlens`; any float dtype.
-        lengths: int [B], real tokens of each right-padded row.
+        lengths: int [B], real tokens of each right-padded row. Padding is then never read; a mask
+            is read itself.
         mask: bool or int [B, L], nonzero where a token is real; any shape, left or right padding.
-        cu_seqlens: int [B + 1], sequence b is states[cu_seqlens[b]:cu_seqlens[b + 1]].
+        cu_seqlens: int [B + 1], ascending; sequence b is states[cu_seqlens[b]:cu_seqlens[b + 1]].
         prompt_len: tokens to leave out at the start of each sequence (the first real ones),
             int [B] or one int.
         normalize: scale each result to unit length (a zero vector stays zero).
@@ -56,16 +63,20 @@ def mean_pool(
             raise ValueError(f"packed states are [T, H], got {tuple(states.shape)}")
         if lengths is not None or mask is not None:
             raise ValueError("cu_seqlens excludes lengths and mask")
-        start, end = cu_seqlens[:-1], cu_seqlens[1:]
-        if prompt_len is not None:
-            _check_prompt(prompt_len, start.shape[0])
-            start = torch.minimum(start + prompt_len, end)
-        pooled = mean_pool_packed(states, start.to(torch.int64), end.to(torch.int64))
+        rows, start, end = states, cu_seqlens[:-1], cu_seqlens[1:]
     else:
-        pooled = mean_pool_padded(states, _kept(states, lengths, mask, prompt_len))
-    if normalize:
-        pooled = _unit(pooled)
-    return pooled.to(states.dtype)
+        batch, length = _padded_shape(states, lengths, mask)
+        if mask is not None:
+            keep = _after_prompt(mask != 0, prompt_len)
+            return mean_pool_padded(states, keep, normalize)[0].to(states.dtype)
+        rows = states.reshape(batch * length, states.shape[2])
+        start = torch.arange(batch, device=states.device) * length
+        end = start + (length if lengths is None else lengths.clamp(0, length))
+    if prompt_len is not None:
+        _check_prompt(prompt_len, start.shape[0])
+        start = torch.minimum(start + prompt_len, end)
+    start, end = start.to(torch.int64), end.to(torch.int64)
+    return mean_pool_packed(rows, start, end, normalize)[0].to(states.dtype)
 
 
 def mean_pool_ref(
@@ -103,7 +114,7 @@ def cls_pool(states: Tensor, *, mask: Tensor | None = None) -> Tensor:
         states: padded states [B, L, H].
         mask: bool or int [B, L]; None means that every row starts at token 0.
     """
-    keep = _kept(states, None, mask, None)
+    keep = _real(states, None, mask)
     return _pick(states, keep.to(torch.int8).argmax(1), keep.any(1))
 
 
@@ -117,7 +128,7 @@ def last_token_pool(
         lengths: int [B], real tokens of right-padded rows.
         mask: bool or int [B, L], left or right padding.
     """
-    keep = _kept(states, lengths, mask, None)
+    keep = _real(states, lengths, mask)
     place = keep.shape[1] - 1 - keep.flip(1).to(torch.int8).argmax(1)
     return _pick(states, place, keep.any(1))
 
@@ -127,21 +138,13 @@ def _pick(states: Tensor, place: Tensor, real: Tensor) -> Tensor:
     return torch.where(real[:, None], states.gather(1, index).squeeze(1), 0)
 
 
-def _unit(y: Tensor) -> Tensor:
-    square = y.square().sum(-1, keepdim=True)
-    real = square > MIN_NORM**2
-    return y * torch.where(real, torch.where(real, square, 1).rsqrt(), 0)
-
-
 def _check_prompt(prompt_len: Tensor | int, count: int) -> None:
     if isinstance(prompt_len, Tensor) and prompt_len.shape not in ((), (count,)):
         raise ValueError(f"prompt_len has shape {tuple(prompt_len.shape)}, want ({count},)")
 
 
-def _kept(
-    states: Tensor, lengths: Tensor | None, mask: Tensor | None, prompt_len: Tensor | int | None
-) -> Tensor:
-    """Bool [B, L]: real tokens after the prompt."""
+def _padded_shape(states: Tensor, lengths: Tensor | None, mask: Tensor | None) -> tuple[int, int]:
+    """(B, L) of padded states, after checking what came with them."""
     if states.dim() != 3:
         raise ValueError(
             f"padded states are [B, L, H], got {tuple(states.shape)}; "
@@ -150,23 +153,53 @@ def _kept(
     batch, length = states.shape[:2]
     if lengths is not None and mask is not None:
         raise ValueError("give lengths or mask, not both")
-    if lengths is not None:
-        if lengths.shape != (batch,):
-            raise ValueError(f"lengths has shape {tuple(lengths.shape)}, want ({batch},)")
-        keep = torch.arange(length, device=states.device) < lengths[:, None]
-    elif mask is not None:
+    if lengths is not None and lengths.shape != (batch,):
+        raise ValueError(f"lengths has shape {tuple(lengths.shape)}, want ({batch},)")
+    if mask is not None:
         if mask.is_floating_point():
             raise TypeError("mask is floating point; a mask of real tokens is bool or int")
         if mask.shape != (batch, length):
             raise ValueError(f"mask has shape {tuple(mask.shape)}, want {(batch, length)}")
-        keep = mask != 0
-    else:
-        keep = torch.ones(batch, length, dtype=torch.bool, device=states.device)
+    return batch, length
+
+
+def _real(states: Tensor, lengths: Tensor | None, mask: Tensor | None) -> Tensor:
+    """Bool [B, L]: real tokens."""
+    batch, length = _padded_shape(states, lengths, mask)
+    if mask is not None:
+        return mask != 0
+    if lengths is None:
+        return torch.ones(batch, length, dtype=torch.bool, device=states.device)
+    return torch.arange(length, device=states.device) < lengths[:, None]
+
+
+def _after_prompt(real: Tensor, prompt_len: Tensor | int | None) -> Tensor:
+    """Real tokens [B, L] without the first prompt_len of each row."""
     if prompt_len is None:
-        return keep
-    _check_prompt(prompt_len, batch)
+        return real
+    _check_prompt(prompt_len, real.shape[0])
     limit = prompt_len[..., None] if isinstance(prompt_len, Tensor) else prompt_len
-    return keep & (keep.to(torch.int32).cumsum(1) > limit)
+    return real & (real.to(torch.int32).cumsum(1) > limit)
+
+
+def _finish(total: Tensor, count: Tensor, normalize: bool) -> tuple[Tensor, Tensor]:
+    """Sums [B, H] and token counts [B] to means, and 1 / norm [B] (empty if not normalised)."""
+    mean = total.div_(count.clamp(min=1)[:, None])
+    if not normalize:
+        return mean, mean.new_empty(0)
+    square = mean.square().sum(-1)
+    inverse = torch.where(square > MIN_NORM**2, square.rsqrt(), 0)
+    return mean.mul_(inverse[:, None]), inverse
+
+
+def _share(
+    grad: Tensor, pooled: Tensor | None, inverse: Tensor | None, count: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """What each kept token of a sequence gets of its gradient: [B, H]."""
+    if pooled is not None and inverse is not None:
+        along = (grad * pooled).sum(-1, keepdim=True)
+        grad = (grad - along * pooled) * inverse[:, None]
+    return (grad / count.clamp(min=1)[:, None]).to(dtype)
 
 
 def _places(keep: Tensor) -> list[slice | Tensor | None]:
@@ -187,14 +220,27 @@ def _places(keep: Tensor) -> list[slice | Tensor | None]:
     return places
 
 
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    states, *where, normalize = inputs
+    ctx.save_for_backward(*where, *(output if normalize else ()))
+    ctx.shape, ctx.dtype = states.shape, states.dtype
+    ctx.set_materialize_grads(False)
+
+
 @torch.library.custom_op(
     f"{NAMESPACE}::mean_pool_padded",
     mutates_args=(),
-    schema="(Tensor states, Tensor keep) -> Tensor",
+    schema="(Tensor states, Tensor keep, bool normalize) -> (Tensor, Tensor)",
 )
-def mean_pool_padded(states: Tensor, keep: Tensor) -> Tensor:
-    """Mean over keep [B, L] of states [B, L, H], as [B, H] in the accumulation type."""
-    _dispatch.provider("mean_pool", states.device)
+def mean_pool_padded(states: Tensor, keep: Tensor, normalize: bool) -> tuple[Tensor, Tensor]:
+    """Mean over keep [B, L] of states [B, L, H], as [B, H] in the accumulation type.
+
+    The second output is 1 / norm [B] of the means if they were normalised, else empty.
+    """
+    if _dispatch.provider("mean_pool", states.device, states.dtype) == "triton":
+        from . import mean_pool_triton
+
+        return mean_pool_triton.padded(states, keep, normalize)
     batch, length, width = states.shape
     out = states.new_zeros(batch, width, dtype=accumulate_dtype(states))
     if states.device.type == "cpu":
@@ -206,22 +252,25 @@ def mean_pool_padded(states: Tensor, keep: Tensor) -> Tensor:
         for b in range(0, batch, step):
             part = torch.where(keep[b : b + step, :, None], states[b : b + step], 0)
             torch.sum(part, dim=1, dtype=out.dtype, out=out[b : b + step])
-    return out.div_(keep.sum(1, keepdim=True).clamp_(min=1))
-
-
-@mean_pool_padded.register_fake
-def _(states: Tensor, keep: Tensor) -> Tensor:
-    return states.new_empty(states.shape[0], states.shape[2], dtype=accumulate_dtype(states))
+    return _finish(out, keep.sum(1), normalize)
 
 
 @torch.library.custom_op(
     f"{NAMESPACE}::mean_pool_padded_backward",
     mutates_args=(),
-    schema="(Tensor grad, Tensor keep, ScalarType dtype) -> Tensor",
+    schema=(
+        "(Tensor grad, Tensor? pooled, Tensor? inverse, Tensor keep, ScalarType dtype) -> Tensor"
+    ),
 )
-def mean_pool_padded_backward(grad: Tensor, keep: Tensor, dtype: torch.dtype) -> Tensor:
-    """Spread grad [B, H] over the kept tokens: [B, L, H]."""
-    share = (grad / keep.sum(1, keepdim=True).clamp_(min=1)).to(dtype)
+def mean_pool_padded_backward(
+    grad: Tensor, pooled: Tensor | None, inverse: Tensor | None, keep: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """Gradient [B, L, H] of the states from grad [B, H]; pooled and inverse if normalised."""
+    if _dispatch.provider("mean_pool", grad.device, dtype) == "triton":
+        from . import mean_pool_triton
+
+        return mean_pool_triton.padded_backward(grad, pooled, inverse, keep, dtype)
+    share = _share(grad, pooled, inverse, keep.sum(1), dtype)
     if grad.device.type != "cpu":
         return torch.where(keep[:, :, None], share[:, None, :], 0)
     out = share.new_zeros(*keep.shape, share.shape[1])
@@ -231,56 +280,86 @@ def mean_pool_padded_backward(grad: Tensor, keep: Tensor, dtype: torch.dtype) ->
     return out
 
 
+@mean_pool_padded.register_fake
+def _(states: Tensor, keep: Tensor, normalize: bool) -> tuple[Tensor, Tensor]:
+    batch, _, width = states.shape
+    out = states.new_empty(batch, width, dtype=accumulate_dtype(states))
+    return out, out.new_empty(batch if normalize else 0)
+
+
 @mean_pool_padded_backward.register_fake
-def _(grad: Tensor, keep: Tensor, dtype: torch.dtype) -> Tensor:
+def _(
+    grad: Tensor, pooled: Tensor | None, inverse: Tensor | None, keep: Tensor, dtype: torch.dtype
+) -> Tensor:
     return grad.new_empty(*keep.shape, grad.shape[1], dtype=dtype)
 
 
-def _padded_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(inputs[1])
-    ctx.dtype = inputs[0].dtype
+def _padded_backward(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Tensor | None, None, None]:
+    if grad is None:
+        return None, None, None
+    keep, *unit = ctx.saved_tensors
+    pooled, inverse = unit or (None, None)
+    return mean_pool_padded_backward(grad, pooled, inverse, keep, ctx.dtype), None, None
 
 
-def _padded_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-    (keep,) = ctx.saved_tensors
-    return mean_pool_padded_backward(grad, keep, ctx.dtype), None
-
-
-mean_pool_padded.register_autograd(_padded_backward, setup_context=_padded_setup)
+mean_pool_padded.register_autograd(_padded_backward, setup_context=_setup)
 
 
 @torch.library.custom_op(
     f"{NAMESPACE}::mean_pool_packed",
     mutates_args=(),
-    schema="(Tensor states, Tensor start, Tensor end) -> Tensor",
+    schema="(Tensor states, Tensor start, Tensor end, bool normalize) -> (Tensor, Tensor)",
 )
-def mean_pool_packed(states: Tensor, start: Tensor, end: Tensor) -> Tensor:
-    """Mean of states[start[b]:end[b]] of [T, H], as [B, H] in the accumulation type."""
-    _dispatch.provider("mean_pool", states.device)
+def mean_pool_packed(
+    states: Tensor, start: Tensor, end: Tensor, normalize: bool
+) -> tuple[Tensor, Tensor]:
+    """Mean of states[start[b]:end[b]] of [T, H], as [B, H] in the accumulation type.
+
+    Spans are int64 [B], ascending and apart. The second output is as `mean_pool_padded`'s.
+    """
+    if _dispatch.provider("mean_pool", states.device, states.dtype) == "triton":
+        from . import mean_pool_triton
+
+        return mean_pool_triton.packed(states, start, end, normalize)
     out = states.new_zeros(start.shape[0], states.shape[1], dtype=accumulate_dtype(states))
     # One call a sequence: no temporary, and no atomic as a segmented add would need on CUDA.
     for b, (lo, hi) in enumerate(zip(start.tolist(), end.tolist(), strict=True)):
         if hi > lo:
             torch.sum(states[lo:hi], dim=0, dtype=out.dtype, out=out[b])
-    return out.div_((end - start).clamp_(min=1)[:, None])
+    return _finish(out, end - start, normalize)
 
 
 @mean_pool_packed.register_fake
-def _(states: Tensor, start: Tensor, end: Tensor) -> Tensor:
-    return states.new_empty(start.shape[0], states.shape[1], dtype=accumulate_dtype(states))
+def _(states: Tensor, start: Tensor, end: Tensor, normalize: bool) -> tuple[Tensor, Tensor]:
+    batch = start.shape[0]
+    out = states.new_empty(batch, states.shape[1], dtype=accumulate_dtype(states))
+    return out, out.new_empty(batch if normalize else 0)
 
 
 @torch.library.custom_op(
     f"{NAMESPACE}::mean_pool_packed_backward",
     mutates_args=(),
-    schema="(Tensor grad, Tensor start, Tensor end, SymInt tokens, ScalarType dtype) -> Tensor",
+    schema=(
+        "(Tensor grad, Tensor? pooled, Tensor? inverse, Tensor start, Tensor end,"
+        " SymInt tokens, ScalarType dtype) -> Tensor"
+    ),
 )
 def mean_pool_packed_backward(
-    grad: Tensor, start: Tensor, end: Tensor, tokens: int, dtype: torch.dtype
+    grad: Tensor,
+    pooled: Tensor | None,
+    inverse: Tensor | None,
+    start: Tensor,
+    end: Tensor,
+    tokens: int,
+    dtype: torch.dtype,
 ) -> Tensor:
-    """Spread grad [B, H] over states[start[b]:end[b]]: [tokens, H], zeros elsewhere."""
+    """Gradient [tokens, H] of the states from grad [B, H], zeros outside the spans."""
+    if _dispatch.provider("mean_pool", grad.device, dtype) == "triton":
+        from . import mean_pool_triton
+
+        return mean_pool_triton.packed_backward(grad, pooled, inverse, start, end, tokens, dtype)
     count = start.shape[0]
-    share = (grad / (end - start).clamp_(min=1)[:, None]).to(dtype)
+    share = _share(grad, pooled, inverse, end - start, dtype)
     share = torch.cat([share, share.new_zeros(1, share.shape[1])])
     token = torch.arange(tokens, device=grad.device)
     row = torch.searchsorted(end, token, right=True)
@@ -289,19 +368,28 @@ def mean_pool_packed_backward(
 
 
 @mean_pool_packed_backward.register_fake
-def _(grad: Tensor, start: Tensor, end: Tensor, tokens: int, dtype: torch.dtype) -> Tensor:
+def _(
+    grad: Tensor,
+    pooled: Tensor | None,
+    inverse: Tensor | None,
+    start: Tensor,
+    end: Tensor,
+    tokens: int,
+    dtype: torch.dtype,
+) -> Tensor:
     return grad.new_empty(tokens, grad.shape[1], dtype=dtype)
 
 
-def _packed_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    states, start, end = inputs
-    ctx.save_for_backward(start, end)
-    ctx.tokens, ctx.dtype = states.shape[0], states.dtype
+def _packed_backward(
+    ctx: Any, grad: Tensor | None, _: Any
+) -> tuple[Tensor | None, None, None, None]:
+    if grad is None:
+        return None, None, None, None
+    start, end, *unit = ctx.saved_tensors
+    pooled, inverse = unit or (None, None)
+    tokens = ctx.shape[0]
+    dx = mean_pool_packed_backward(grad, pooled, inverse, start, end, tokens, ctx.dtype)
+    return dx, None, None, None
 
 
-def _packed_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-    start, end = ctx.saved_tensors
-    return mean_pool_packed_backward(grad, start, end, ctx.tokens, ctx.dtype), None, None
-
-
-mean_pool_packed.register_autograd(_packed_backward, setup_context=_packed_setup)
+mean_pool_packed.register_autograd(_packed_backward, setup_context=_setup)

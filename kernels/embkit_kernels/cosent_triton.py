@@ -1,3 +1,4 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs
 """Triton kernels of CoSENT: all pairs of pairs in tiles, nothing of size B x B.
 
 In powers of two, with c = scale / ln 2, a term of rows i and j with y_i > y_j is 2^(c (s_j - s_i)).
@@ -144,32 +145,22 @@ def _comparable(labels: Tensor) -> Tensor:
 
 
 def specs() -> Iterator[_triton.Spec]:
-    """Every shipped configuration, for float and integer labels."""
-    common = {"scores": "*fp32", "c": "fp32", "size": "i32"}
-    for labels in ("*fp32", "*i64"):
-        for name, arches, tiles in _triton.shipped("cosent", "forward"):
-            blocks = {key: tiles[key] for key in ("BLOCK_I", "BLOCK_J")}
+    """Every shipped configuration, for labels in float32."""
+    common = {"scores": "*fp32", "labels": "*fp32", "c": "fp32", "size": "i32"}
+    own = {
+        "forward": {"maxima": "*fp32", "sums": "*fp32", "count": "i32"},
+        "backward": dict.fromkeys(("loss", "grad", "out"), "*fp32"),
+    }
+    for key, kernel in (("forward", forward_kernel), ("backward", backward_kernel)):
+        signature = common | own[key]
+        for name, arches, tiles in _triton.shipped("cosent", key):
             yield _triton.Spec(
-                name=f"forward {labels[1:]} {name}",
-                kernel=forward_kernel,
-                signature=common
-                | {"labels": labels, "maxima": "*fp32", "sums": "*fp32", "count": "i32"},
-                constexprs=blocks,
-                aligned=("scores", "labels", "maxima"),
-                num_warps=tiles["num_warps"],
-                num_stages=tiles["num_stages"],
-                arch=arches,
-            )
-        for name, arches, tiles in _triton.shipped("cosent", "backward"):
-            blocks = {key: tiles[key] for key in ("BLOCK_I", "BLOCK_J")}
-            signature = common | {"labels": labels}
-            signature |= dict.fromkeys(("loss", "grad", "out"), "*fp32")
-            yield _triton.Spec(
-                name=f"backward {labels[1:]} {name}",
-                kernel=backward_kernel,
+                name=f"{key} {name}",
+                kernel=kernel,
                 signature=signature,
-                constexprs=blocks,
-                aligned=("scores", "labels", "loss", "grad", "out"),
+                constexprs={block: tiles[block] for block in ("BLOCK_I", "BLOCK_J")},
+                # `sums` is the second half of an allocation.
+                aligned=tuple(n for n, t in signature.items() if t == "*fp32" and n != "sums"),
                 num_warps=tiles["num_warps"],
                 num_stages=tiles["num_stages"],
                 arch=arches,

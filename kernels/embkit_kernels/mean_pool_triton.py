@@ -1,3 +1,4 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs
 """Triton kernels of mean_pool: one read of the kept states, one write of their gradient.
 
 Everything works on rows [T, H] and ascending spans [start_b, end_b) of them; padded states are
@@ -333,49 +334,48 @@ def _block(width: int) -> int:
 
 
 def specs() -> Iterator[_triton.Spec]:
-    """Every shipped configuration, at hidden size 768 (bf16, fp32) and 3072."""
+    """Every shipped configuration; the hidden size is no part of the code, but of a row's block."""
     long = {name: "*i64" for name in ("start", "end", "count")}
-    for width, x in ((768, "*bf16"), (768, "*fp32"), (3072, "*bf16")):
-        for masked in (False, True):
-            flags: dict[str, Any] = {"keep": "*u8"} if masked else {}
-            left_out: dict[str, Any] = {} if masked else {"keep": None, "count": None}
-            spans = long if masked else {k: v for k, v in long.items() if k != "count"}
-            label = f"{x[1:]} H={width}{' mask' if masked else ''}"
-            for name, arches, tiles in _triton.shipped("mean_pool", "sum"):
-                constexprs = {"MASKED": masked, **left_out}
-                constexprs |= {k: tiles[k] for k in ("CHUNK", "BLOCK_T", "BLOCK_H")}
-                yield _triton.Spec(
-                    name=f"sum {label} {name}",
-                    kernel=sum_kernel,
-                    signature={
-                        "x": x, "stride_x": "i32", **flags, **spans, "out": "*fp32",
-                        "partial": "*fp32", "batch": "i32", "steps": "i32", "tokens": "i32",
-                        "width": "i32",
-                    },
-                    constexprs=constexprs,
-                    aligned=("x", "stride_x", "keep", *spans, "out", "partial", "width"),
-                    num_warps=tiles["num_warps"],
-                    num_stages=tiles["num_stages"],
-                    arch=arches,
-                )  # fmt: skip
-            for name, arches, tiles in _triton.shipped("mean_pool", "spread"):
-                constexprs = {"MASKED": masked, "BLOCK_T": tiles["BLOCK_T"]}
-                constexprs |= {"BLOCK_H": tiles["BLOCK_H"]}
-                constexprs |= {} if masked else {"keep": None}
-                yield _triton.Spec(
-                    name=f"spread {label} {name}",
-                    kernel=spread_kernel,
-                    signature={
-                        "share": x, **flags, "start": "*i64", "end": "*i64", "dx": x,
-                        "batch": "i32", "steps": "i32", "tokens": "i32", "length": "i32",
-                        "width": "i32",
-                    },
-                    constexprs=constexprs,
-                    aligned=("share", "keep", "start", "end", "dx", "width"),
-                    num_warps=tiles["num_warps"],
-                    num_stages=tiles["num_stages"],
-                    arch=arches,
-                )  # fmt: skip
+    for x, masked in (("*bf16", False), ("*bf16", True), ("*fp32", False)):
+        flags: dict[str, Any] = {"keep": "*u8"} if masked else {}
+        left_out: dict[str, Any] = {} if masked else {"keep": None, "count": None}
+        spans = long if masked else {k: v for k, v in long.items() if k != "count"}
+        label = f"{x[1:]}{' mask' * masked}"
+        for name, arches, tiles in _triton.shipped("mean_pool", "sum"):
+            constexprs = {"MASKED": masked, **left_out}
+            constexprs |= {k: tiles[k] for k in ("CHUNK", "BLOCK_T", "BLOCK_H")}
+            yield _triton.Spec(
+                name=f"sum {label} {name}",
+                kernel=sum_kernel,
+                signature={
+                    "x": x, "stride_x": "i32", **flags, **spans, "out": "*fp32",
+                    "partial": "*fp32", "batch": "i32", "steps": "i32", "tokens": "i32",
+                    "width": "i32",
+                },
+                constexprs=constexprs,
+                aligned=("x", "stride_x", "keep", *spans, "out", "partial", "width"),
+                num_warps=tiles["num_warps"],
+                num_stages=tiles["num_stages"],
+                arch=arches,
+            )  # fmt: skip
+        for name, arches, tiles in _triton.shipped("mean_pool", "spread"):
+            constexprs = {"MASKED": masked, "BLOCK_T": tiles["BLOCK_T"]}
+            constexprs |= {"BLOCK_H": tiles["BLOCK_H"]}
+            constexprs |= {} if masked else {"keep": None}
+            yield _triton.Spec(
+                name=f"spread {label} {name}",
+                kernel=spread_kernel,
+                signature={
+                    "share": x, **flags, "start": "*i64", "end": "*i64", "dx": x,
+                    "batch": "i32", "steps": "i32", "tokens": "i32", "length": "i32",
+                    "width": "i32",
+                },
+                constexprs=constexprs,
+                aligned=("share", "keep", "start", "end", "dx", "width"),
+                num_warps=tiles["num_warps"],
+                num_stages=tiles["num_stages"],
+                arch=arches,
+            )  # fmt: skip
     yield from _row_specs(long)
 
 

@@ -7,6 +7,7 @@ carries numpy arrays and torch tensors in and out. Any safetensors reader opens 
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -88,9 +89,14 @@ def load(
 
 
 def load_torch(
-    path: Path | str, *, kind: str | None = None, verify: str = "open"
+    path: Path | str, *, kind: str | None = None, verify: str = "open", copy: bool = True
 ) -> dict[str, torch.Tensor]:
-    """As :func:`load`, as torch tensors of their own memory (bfloat16 included)."""
+    """As :func:`load`, as torch tensors (bfloat16 included).
+
+    Args:
+        copy: into memory of their own; without it they are views of the mapped file and must not
+            be written to.
+    """
     import torch
 
     tensors, meta = _rust.open_tensors(str(path), verify)
@@ -99,7 +105,12 @@ def load_torch(
     for name, (code, array) in tensors.items():
         if name == "crc":
             continue
-        tensor = torch.from_numpy(array.copy())
+        if copy:
+            tensor = torch.from_numpy(array.copy())
+        else:
+            with warnings.catch_warnings():  # torch has no read-only tensors and says so
+                warnings.simplefilter("ignore", UserWarning)
+                tensor = torch.from_numpy(array)
         as_dtype = {"BF16": torch.bfloat16, "F16": torch.float16}.get(code)
         out[name] = tensor.view(as_dtype) if as_dtype is not None else tensor
     return out

@@ -11,6 +11,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -52,7 +53,7 @@ class Stage:
         manifest = {**self._record, **(extra or {}), "files": _files(self.dir)}
         write_manifest(self.dir, manifest)
         _rust.publish_dir(str(self.dir), str(self.out))
-        for stale in self.out.parent.glob(f".partial-{self.out.name}-*"):
+        for stale in partials(self.out):
             shutil.rmtree(stale, ignore_errors=True)
         self.dir, self.done = self.out, True
         return self.out
@@ -150,6 +151,12 @@ def local(out: Path | str) -> Path:
 def partial_dir(out: Path, digest: str) -> Path:
     """Where a stage with this digest works until it publishes."""
     return out.parent / f".partial-{out.name}-{digest[:16]}"
+
+
+def partials(out: Path) -> list[Path]:
+    """Partial directories of an output, of any digest; those of ``NAME-2`` are not ``NAME``'s."""
+    wanted = re.compile(re.escape(f".partial-{out.name}-") + "[0-9a-f]{16}")
+    return sorted(p for p in out.parent.iterdir() if p.is_dir() and wanted.fullmatch(p.name))
 
 
 def is_done(out: Path, digest: str) -> bool:

@@ -1,9 +1,11 @@
 """Checkpoints: safetensors and JSON, whole or absent, never a pickle.
 
 ``checkpoints/step-000100/{model.safetensors, optimizer.safetensors, state.json}`` and a ``LATEST``
-pointer. A checkpoint is written to a temporary directory, renamed as one step, and only then does
-LATEST move and only then are old ones removed; a kill at any point leaves a checkpoint that
-verifies. state.json holds the SHA-256 of the two other files, and readers trust nothing else.
+pointer. With several ranks each writes its own two files, ``model-00001-of-00004.safetensors``,
+side by side, and the reader puts tensors together again, for any number of ranks. A checkpoint is
+written to a temporary directory, renamed as one step, and only then does LATEST move and only then
+are old ones removed; a kill at any point leaves a checkpoint that verifies. state.json holds the
+SHA-256 of all other files, and readers trust nothing else.
 """
 
 from __future__ import annotations
@@ -11,7 +13,10 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,11 +24,31 @@ from typing import Any
 import torch
 
 from embkit import _rust, container
-from embkit.errors import CorruptError, FormatError
+from embkit.errors import CorruptError, EmbkitError, FormatError
 from embkit.model.encoder import hash_tensors
 
 VERSION = 1
 FORMAT = "embkit.checkpoint"
+KINDS = ("model", "optimizer")
+_POLL = 0.02  # seconds between looks for the files of other ranks
+_PATIENCE = 600.0  # seconds until they must be there
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """Some rows of a tensor that ranks hold together.
+
+    Attributes:
+        value: [r, ...], this rank's rows, possibly none.
+        start: the first of them. shape: of the whole tensor.
+    """
+
+    value: torch.Tensor
+    start: int
+    shape: tuple[int, ...]
+
+
+Named = Mapping[str, "torch.Tensor | Part"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,56 +63,217 @@ class Checkpoint:
 
     path: Path
     state: dict[str, Any]
-    model: dict[str, torch.Tensor]
-    optimizer: dict[str, torch.Tensor]
+    model: Tensors
+    optimizer: Tensors
+
+
+class Tensors(Mapping[str, torch.Tensor]):
+    """Whole tensors by name, put together from the files of any number of ranks.
+
+    Raises:
+        CorruptError: parts overlap, leave a gap, or are of different types.
+    """
+
+    def __init__(self, files: list[Path], kind: str) -> None:
+        self._parts: dict[str, list[tuple[int, torch.Tensor]]] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        for file in files:
+            held = container.load_torch(file, kind=kind, copy=False)
+            places = json.loads(container.metadata(file).get("parts", "{}"))
+            for name, tensor in held.items():
+                start, *shape = places.get(name, (0, *tensor.shape))
+                if self._shapes.setdefault(name, tuple(shape)) != tuple(shape):
+                    raise _misfit(file, name)
+                self._parts.setdefault(name, []).append((start, tensor))
+        for name, parts in self._parts.items():
+            parts.sort(key=lambda part: part[0])
+            rows, shape, dtype = 0, self._shapes[name], parts[0][1].dtype
+            for start, tensor in parts:
+                whole = len(parts) == 1 and tensor.shape == shape and start == 0
+                if not whole and (start != rows or tensor.shape[1:] != shape[1:]):
+                    raise _misfit(files[0], name)
+                if tensor.dtype != dtype:
+                    raise _misfit(files[0], name)
+                rows += len(tensor) if shape else 0
+            if shape and rows != shape[0]:
+                raise _misfit(files[0], name)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        parts = [tensor for _, tensor in self._parts[name]]
+        return torch.cat(parts) if len(parts) > 1 else parts[0].clone()
+
+    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Rows ``start`` to ``stop`` of a tensor, without reading the others."""
+        found = [
+            tensor[max(start - first, 0) : max(stop - first, 0)]
+            for first, tensor in self._parts[name]
+        ]
+        return torch.cat(found)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a whole tensor."""
+        return self._shapes[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._parts)
+
+    def __len__(self) -> int:
+        return len(self._parts)
+
+
+class Saver:
+    """Saves the checkpoints of a run, in the foreground or behind the training.
+
+    Args:
+        folder: the ``checkpoints`` directory of the run.
+        keep: checkpoints that stay, at least 1; the best one stays too.
+        background: copy the tensors, go on, and let a thread write them. The next save, and
+            :meth:`wait`, wait for it.
+        rank, world: this process among those that share the run; they see one file system.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        keep: int = 2,
+        background: bool = False,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        self.folder, self.keep, self.background = folder, keep, background
+        self.rank, self.world = rank, world
+        self._thread: threading.Thread | None = None
+        self._trouble: BaseException | None = None
+
+    def save(
+        self,
+        *,
+        step: int,
+        model: Named,
+        optimizer: Named,
+        state: Mapping[str, Any],
+        own: Mapping[str, torch.Tensor] | None = None,
+    ) -> Path:
+        """As the function :func:`save`; returns the directory, which may be there only later.
+
+        Raises:
+            What the write before this one raised behind the training.
+        """
+        self.wait()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        mine: dict[str, Named] = {}
+        for kind, tensors in zip(KINDS, (model, optimizer), strict=True):
+            mine[kind] = _share(tensors, self.rank, self.world)
+        mine["optimizer"] = {**mine["optimizer"], **(own or {})}
+        job = (step, mine, dict(state))
+        if self.background:
+            copies = {kind: _copies(tensors) for kind, tensors in mine.items()}
+            self._thread = threading.Thread(
+                target=self._behind, args=(step, copies, dict(state)), name="embkit-checkpoint"
+            )
+            self._thread.start()
+        else:
+            self._write(*job)
+        return self.folder / name_of(step)
+
+    def wait(self) -> None:
+        """Until what is being written is published; raises what writing it raised."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._trouble is not None:
+            trouble, self._trouble = self._trouble, None
+            raise trouble
+
+    def close(self) -> None:
+        """Let a write that is under way end; its trouble is no news any more."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def _behind(self, *job: Any) -> None:
+        try:
+            self._write(*job)
+        except BaseException as error:  # raised again by wait(), in the thread of the training
+            self._trouble = error
+
+    def _write(self, step: int, mine: Mapping[str, Named], state: dict[str, Any]) -> None:
+        final = self.folder / name_of(step)
+        if self.world == 1:
+            work = Path(_rust.temp_path(str(final)))
+            work.mkdir()
+            try:
+                self._publish(work, final, state, _write_files(work, mine, ""))
+            finally:  # a disk that is full leaves nothing of this one, and those before it
+                shutil.rmtree(work, ignore_errors=True)
+            return
+        work = self.folder / f".{final.name}-of-{self.world}.saving"
+        work.mkdir(exist_ok=True)
+        hashes = _write_files(work, mine, f"-{self.rank:05d}-of-{self.world:05d}")
+        told = json.dumps(hashes).encode()
+        _rust.publish_file(str(work / f"rank-{self.rank:05d}.json"), told)
+        if self.rank == 0:
+            try:
+                self._publish(work, final, state, _of_all(work, self.world))
+            finally:
+                shutil.rmtree(work, ignore_errors=True)
+
+    def _publish(
+        self, work: Path, final: Path, state: dict[str, Any], hashes: Mapping[str, str]
+    ) -> None:
+        content = {
+            **state,
+            "format": FORMAT,
+            "version": VERSION,
+            "step": int(final.name[5:]),
+            "sha256": dict(hashes),
+        }
+        _rust.write_manifest(str(work / "state.json"), json.dumps(content))
+        _rust.publish_dir(str(work), str(final))
+        _rust.publish_file(str(self.folder / "LATEST"), f"{final.name}\n".encode())
+        prune(self.folder, final, self.keep, best=best_of(state))
 
 
 def save(
     folder: Path,
     *,
     step: int,
-    model: Mapping[str, torch.Tensor],
-    optimizer: Mapping[str, torch.Tensor],
+    model: Named,
+    optimizer: Named,
     state: Mapping[str, Any],
+    own: Mapping[str, torch.Tensor] | None = None,
     keep: int = 2,
+    rank: int = 0,
+    world: int = 1,
 ) -> Path:
     """Publish the checkpoint of a step, then point LATEST at it, then remove old ones.
 
     Args:
         folder: the ``checkpoints`` directory of a run.
         step: steps done.
-        model, optimizer: tensors by name.
+        model, optimizer: tensors by name. With several ranks a plain tensor is the same on every
+            rank and one of them writes it; a :class:`Part` is written by the rank that has it.
         state: JSON fields for state.json; format, version, step and file hashes are added.
+            ``best`` in it, ``{"step": ...}``, names a checkpoint that stays.
+        own: tensors of this rank alone, under names of its own, kept with the optimizer's.
         keep: checkpoints that stay, at least 1.
+        rank, world: of this process; each rank calls this once, rank 0 publishes.
 
     Returns:
         The checkpoint's directory.
+
+    Raises:
+        EmbkitError: the files of another rank do not come.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    final = folder / name_of(step)
-    work = Path(_rust.temp_path(str(final)))
-    work.mkdir()
-    try:
-        container.save(work / "model.safetensors", model, kind=f"{FORMAT}.model")
-        container.save(work / "optimizer.safetensors", optimizer, kind=f"{FORMAT}.optimizer")
-        content = {
-            **state,
-            "format": FORMAT,
-            "version": VERSION,
-            "step": step,
-            "sha256": {p.name: sha256_file(p) for p in sorted(work.glob("*.safetensors"))},
-        }
-        _rust.write_manifest(str(work / "state.json"), json.dumps(content))
-        _rust.publish_dir(str(work), str(final))
-    finally:  # a disk that is full leaves nothing of this one, and the checkpoints before it
-        shutil.rmtree(work, ignore_errors=True)
-    _rust.publish_file(str(folder / "LATEST"), f"{final.name}\n".encode())
-    prune(folder, final, keep)
-    return final
+    saver = Saver(folder, keep=keep, rank=rank, world=world)
+    return saver.save(step=step, model=model, optimizer=optimizer, state=state, own=own)
 
 
-def load_latest(folder: Path) -> Checkpoint | None:
+def load_latest(folder: Path, *, rank: int = 0) -> Checkpoint | None:
     """The checkpoint LATEST names, or the newest that verifies; None when there is none.
+
+    Every rank reads it before any of them saves; rank 0 also removes what a killed run left.
 
     Raises:
         FormatError: the newest checkpoint is of a newer format version.
@@ -96,6 +282,9 @@ def load_latest(folder: Path) -> Checkpoint | None:
     if not folder.is_dir():
         return None
     _rust.sweep_tmp(str(folder))  # of writers that were killed
+    if rank == 0:
+        for left in folder.glob(".step-*.saving"):  # of ranks that were
+            shutil.rmtree(left, ignore_errors=True)
     names = sorted((p.name for p in folder.glob("step-*") if p.is_dir()), reverse=True)
     pointer = folder / "LATEST"
     first = pointer.read_text("utf-8", errors="replace").strip() if pointer.is_file() else ""
@@ -137,12 +326,13 @@ def load(path: Path) -> Checkpoint:
                 where=file,
                 fix="remove this checkpoint's directory; the one before it is used then",
             )
-    return Checkpoint(
-        path=path,
-        state=state,
-        model=container.load_torch(path / "model.safetensors", kind=f"{FORMAT}.model"),
-        optimizer=container.load_torch(path / "optimizer.safetensors", kind=f"{FORMAT}.optimizer"),
-    )
+    held = {
+        kind: Tensors(
+            [path / n for n in sorted(state["sha256"]) if n.startswith(kind)], f"{FORMAT}.{kind}"
+        )
+        for kind in KINDS
+    }
+    return Checkpoint(path=path, state=state, model=held["model"], optimizer=held["optimizer"])
 
 
 def oldest(folder: Path) -> int:
@@ -164,7 +354,8 @@ def read_state(path: Path) -> dict[str, Any]:
             where=file,
             fix="upgrade embkit",
         )
-    if set(state.get("sha256", ())) != {"model.safetensors", "optimizer.safetensors"}:
+    world = int(state.get("world", 1))
+    if set(state.get("sha256", ())) != {f"{k}{s}.safetensors" for k in KINDS for s in _ends(world)}:
         raise CorruptError("The checkpoint's state.json names other files.", where=file)
     return state
 
@@ -187,8 +378,98 @@ def sha256_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
     return total.hexdigest()
 
 
-def prune(folder: Path, newest: Path, keep: int) -> None:
+def best_of(state: Mapping[str, Any]) -> int:
+    """Step of the best checkpoint that a state names, 0 for none."""
+    return int((state.get("best") or {}).get("step", 0))
+
+
+def prune(folder: Path, newest: Path, keep: int, *, best: int = 0) -> None:
     """Remove checkpoints beyond ``keep``; also at resume, for a run killed just before this."""
+    spared = {newest.name, name_of(best)}
     old = sorted((p for p in folder.glob("step-*") if p.is_dir() and p != newest), reverse=True)
     for path in old[max(keep, 1) - 1 :]:
-        shutil.rmtree(path, ignore_errors=True)
+        if path.name not in spared:
+            # First out of sight as one step: a kill would leave half a checkpoint under its name.
+            going = Path(_rust.temp_path(str(path)))
+            with suppress(OSError):
+                path.rename(going)
+                shutil.rmtree(going, ignore_errors=True)
+
+
+def _ends(world: int) -> list[str]:
+    """What follows the kind in the names of a checkpoint's files."""
+    return [""] if world == 1 else [f"-{r:05d}-of-{world:05d}" for r in range(world)]
+
+
+def _share(tensors: Named, rank: int, world: int) -> Named:
+    """What a rank writes: its parts, and the plain tensors that are dealt to it by size."""
+    if world == 1:
+        return tensors
+    load, mine = [0] * world, {}
+    plain = [(name, t) for name, t in tensors.items() if isinstance(t, torch.Tensor)]
+    for name, tensor in sorted(plain, key=lambda item: (-item[1].nbytes, item[0])):
+        owner = load.index(min(load))
+        load[owner] += tensor.nbytes
+        if owner == rank:
+            mine[name] = tensor
+    return {**mine, **{n: t for n, t in tensors.items() if isinstance(t, Part) and len(t.value)}}
+
+
+def _copies(tensors: Named) -> Named:
+    """The same in memory that training does not write to."""
+
+    def copied(value: torch.Tensor) -> torch.Tensor:
+        return value.detach().to("cpu", copy=True)
+
+    return {
+        name: Part(value=copied(t.value), start=t.start, shape=t.shape)
+        if isinstance(t, Part)
+        else copied(t)
+        for name, t in tensors.items()
+    }
+
+
+def _write_files(work: Path, mine: Mapping[str, Named], end: str) -> dict[str, str]:
+    """Write one file of each kind; their SHA-256 by name."""
+    hashes = {}
+    for kind, tensors in mine.items():
+        file = work / f"{kind}{end}.safetensors"
+        parts = {n: (t.start, *t.shape) for n, t in tensors.items() if isinstance(t, Part)}
+        container.save(
+            file,
+            {n: t.value if isinstance(t, Part) else t for n, t in tensors.items()},
+            kind=f"{FORMAT}.{kind}",
+            metadata={"parts": json.dumps(parts)} if parts else None,
+        )
+        hashes[file.name] = sha256_file(file)
+    return hashes
+
+
+def _of_all(work: Path, world: int) -> dict[str, str]:
+    """What every rank says of its files, when all have said it.
+
+    No collective: a checkpoint may be written by a thread, beside the collectives of a step.
+    """
+    hashes: dict[str, str] = {}
+    until = time.monotonic() + _PATIENCE
+    for rank in range(world):
+        told = work / f"rank-{rank:05d}.json"
+        while not told.is_file():
+            if time.monotonic() > until:
+                raise EmbkitError(
+                    f"Rank {rank} did not write its part of the checkpoint in {_PATIENCE:.0f} s.",
+                    where=work,
+                    fix="look at that rank's log; all ranks must see the same output directory",
+                )
+            time.sleep(_POLL)
+        hashes |= json.loads(told.read_bytes())
+        told.unlink()
+    return hashes
+
+
+def _misfit(file: Path, name: str) -> CorruptError:
+    return CorruptError(
+        f"The parts of tensor {name!r} in the checkpoint do not fit together.",
+        where=file.parent,
+        fix="remove this checkpoint's directory; the one before it is used then",
+    )

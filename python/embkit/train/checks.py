@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from embkit.errors import UsageError
+from embkit import _rust
+from embkit.errors import CorruptError, UsageError
 from embkit.model.encoder import positions
 from embkit.model.tokens import load_tokenizer
-from embkit.train.checkpoint import Checkpoint
+from embkit.stage import digest_of, partial_dir, partials
+from embkit.train.checkpoint import Checkpoint, read_state
 
 if TYPE_CHECKING:
     from embkit.model import Encoder
@@ -87,22 +90,76 @@ def miner_for(config: Train, refresh: Miner | None) -> Miner | None:
     return refresh if config.refresh_every else None
 
 
-def checkpoint_fits(
-    found: Checkpoint, *, stage_digest: str, data_digest: str, cursor: Mapping[str, int]
-) -> None:
+def identity(
+    stage_digest: str, config: Mapping[str, Any], encoder: Encoder, store: Any
+) -> dict[str, Any]:
+    """What a checkpoint must agree with to belong to a run; it is part of its state.json."""
+    tokenizer = _rust.blake3(encoder.tokenizer.json.encode())
+    return {
+        "stage_digest": stage_digest,
+        "data_digest": digest_of(store.path),
+        "config": json.loads(json.dumps(dict(config))),  # as state.json will have it
+        "dims": list(encoder.dims),
+        "tokenizer": tokenizer,
+    }
+
+
+def checkpoint_fits(found: Checkpoint, wanted: Mapping[str, Any]) -> None:
     """A checkpoint must be of this very run.
 
+    Args:
+        wanted: what :func:`identity` gave, and the ``cursor`` of the plan.
+
     Raises:
-        UsageError: it is of other settings, other data or another plan.
+        UsageError: it is of other settings, widths, data, another tokenizer or another plan.
     """
-    for field, want, what in (
-        ("stage_digest", stage_digest, "of other settings or another start model"),
-        ("data_digest", data_digest, "on other data: the store has changed"),
-        ("cursor", dict(cursor), "of another plan"),
-    ):
-        if found.state.get(field) != want:
+    if any(found.state.get(field) != value for field, value in wanted.items()):
+        raise UsageError(
+            f"The checkpoint is {differences(found.state, wanted)}.",
+            where=found.path,
+            fix="run with --fresh, or give the run another output directory",
+        )
+
+
+def no_other_run(out: Path, digest: str, wanted: Mapping[str, Any]) -> None:
+    """An unfinished run of other settings or data must not be lost unseen.
+
+    Raises:
+        UsageError: there is one for this output, with checkpoints.
+    """
+    for partial in partials(out):
+        if partial == partial_dir(out, digest):
+            continue
+        for path in sorted((partial / "checkpoints").glob("step-*"), reverse=True):
+            try:
+                state = read_state(path)
+            except (CorruptError, OSError):
+                continue
             raise UsageError(
-                f"The checkpoint is {what}.",
-                where=found.path,
-                fix="run with --fresh, or give the run another output directory",
+                f"There is an unfinished run for this output, {state['step']} steps in, "
+                f"{differences(state, wanted)}.",
+                where=partial,
+                fix="to go on with it, undo the change; to give it up, remove that directory, or "
+                "run with --fresh (of `embkit run`: --from this stage); or choose another output",
             )
+
+
+def differences(state: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    """In which way a checkpoint's state is not of the run that is wanted, most telling first."""
+    if state.get("tokenizer") not in (None, wanted["tokenizer"]):
+        return "of a model with another tokenizer"
+    if state.get("dims") not in (None, wanted["dims"]):
+        return f"of a model with widths {state['dims']}, not {wanted['dims']}"
+    before, now = state.get("config", {}), wanted["config"]
+    changed = [
+        f"{key} = {before.get(key, 'not set')!r} (now {now.get(key, 'not set')!r})"
+        for key in sorted({*before, *now})
+        if before.get(key) != now.get(key)
+    ]
+    if changed:
+        return f"of other settings: {', '.join(changed)}"
+    if state.get("data_digest") != wanted["data_digest"]:
+        return "on other data: the store has changed"
+    if state.get("cursor") != wanted.get("cursor", state.get("cursor")):
+        return "of another plan"
+    return "of another start model, other negatives or another recipe"

@@ -212,6 +212,6 @@ def mean_scores(embeddings: torch.Tensor, batch: Batch) -> Array:
     return mean.cpu().numpy()
 
 
-def split(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Take the state of :class:`Slices` out of a checkpoint's tensors."""
-    return {k: tensors.pop(k) for k in [k for k in tensors if k.startswith(_PREFIX)]}
+def split(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The state of :class:`Slices` among a checkpoint's tensors."""
+    return {k: tensors[k] for k in tensors if k.startswith(_PREFIX)}

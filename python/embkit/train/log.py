@@ -28,8 +28,8 @@ class Log:
         self.path = path
         self._handle: IO[str] | None = None
 
-    def start(self, steps: int) -> None:
-        """Keep the lines of the first ``steps`` steps and open the file behind them.
+    def start(self, steps: int) -> list[dict[str, Any]]:
+        """Keep the lines of the first ``steps`` steps, open the file behind them; return them.
 
         Raises:
             CorruptError: one of those lines is missing.
@@ -44,6 +44,7 @@ class Log:
         text = "".join(_line(entry) for entry in kept)
         _rust.publish_file(str(self.path), text.encode())
         self._handle = self.path.open("a", encoding="utf-8")
+        return kept
 
     def write(self, entry: Mapping[str, Any]) -> None:
         """Append one line and hand it to the operating system."""

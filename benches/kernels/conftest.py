@@ -16,10 +16,8 @@ import pytest
 import torch
 from torch import Tensor
 
-# Without an installed embkit the sources do: these benches need neither Rust nor its data path.
-for package, folder in (("embkit", "python"), ("embkit_kernels", "kernels")):
-    if importlib.util.find_spec(package) is None:
-        sys.path.insert(0, str(Path(__file__).resolve().parents[2] / folder))
+if importlib.util.find_spec("embkit_kernels") is None:
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "kernels"))
 
 Loss = Callable[..., Tensor]
 

@@ -6,6 +6,7 @@ stage is skipped by its digest, so a run that was killed goes on where it stoppe
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import sys
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from embkit import recipe as recipes
 from embkit.errors import CorruptError, UsageError, nearest
-from embkit.recipe import Recipe
+from embkit.recipe import Recipe, Train
 
 if TYPE_CHECKING:
     from embkit.data import Store
@@ -101,7 +102,7 @@ class _Run:
         from embkit.train import finetune, prefinetune
 
         start = self._start(store)
-        pre = prefinetune(start, store, out=out / "pre", config=recipe.prefinetune)
+        pre = prefinetune(start, store, out=out / "pre", config=self._watched(recipe.prefinetune))
 
         self._stage("mine", "hard negatives, with the model of the stage before")
         from embkit.mine import mine
@@ -111,7 +112,7 @@ class _Run:
         self._stage("finetune", f"{len(recipe.runs)} runs on single-task batches")
         tuned = []
         for i in range(len(recipe.runs)):
-            config = recipe.run_config(i)
+            config = self._watched(recipe.run_config(i))
             finetune(
                 pre,
                 store,
@@ -145,6 +146,12 @@ class _Run:
         }
         self._finish(result)
         return result
+
+    def _watched(self, config: Train) -> Train:
+        """Settings of a stage that is evaluated on dev/ while it trains, where nothing is named."""
+        from embkit.train.evaluation import with_folder
+
+        return dataclasses.replace(config, watch=with_folder(config.watch, self.data / "dev"))
 
     def _prepare(self) -> Store:
         from embkit import data

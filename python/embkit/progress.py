@@ -16,9 +16,15 @@ class Bar:
 
     def __init__(self, label: str, total: float | None, unit: str) -> None:
         self.label, self.total, self.unit = label, total, unit
-        self.done = 0.0
+        self.done = self._begun = 0.0
         self.started = time.monotonic()
         self._notes: dict[str, object] = {}
+
+    def start(self, done: float) -> None:
+        """Set the units that were done before, and start the clock: they do not count as speed."""
+        self.done = self._begun = done
+        self.started = time.monotonic()
+        self._show()
 
     def advance(self, amount: float = 1, **notes: object) -> None:
         """Add ``amount`` units; ``notes`` (say ``loss=2.31``) are shown beside the rate."""
@@ -32,7 +38,7 @@ class Bar:
 
     def rate(self) -> float:
         """Units per second since the start."""
-        return self.done / max(time.monotonic() - self.started, 1e-9)
+        return (self.done - self._begun) / max(time.monotonic() - self.started, 1e-9)
 
     def _text(self) -> str:
         rate = self.rate()

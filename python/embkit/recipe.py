@@ -289,6 +289,45 @@ class Dynamic:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Watch:
+    """What is seen and kept of a run; nothing here changes how it trains (docs/training.md).
+
+    Attributes:
+        report_to: trackers beside TensorBoard: wandb, trackio, mlflow.
+        evaluate_every: steps between evaluations of the model as it trains; 0 is never.
+        evaluate_on: folder of evaluation sets; None takes dev/ of the recipe's data.
+        best: what the best mean score at full width is for: "off", "keep" that checkpoint beside
+            the newest, or "export" its weights in place of the last.
+        spike: a loss this many spreads above the median of its task's last ones stops the run,
+            with its batch saved; None ("off") is never. The rule: docs/training.md.
+        background: write checkpoints behind the training, from a copy of all tensors.
+    """
+
+    report_to: tuple[str, ...] = ()
+    evaluate_every: int = 0
+    evaluate_on: str | None = None
+    best: str = "off"
+    spike: float | None = 10.0
+    background: bool = False
+
+    def __post_init__(self) -> None:
+        for name in self.report_to:
+            _one_of("watch.report_to", name, ("wandb", "trackio", "mlflow"))
+        _one_of("watch.best", self.best, ("off", "keep", "export"))
+        _require(
+            self.evaluate_every >= 0 and (self.spike is None or self.spike > 0),
+            f"watch.evaluate_every = {self.evaluate_every}, spike = {self.spike}: one is out of "
+            "range.",
+            'evaluate_every is 0 (never) or more, spike above 0 or "off"',
+        )
+        _require(
+            self.best == "off" or self.evaluate_every > 0,
+            f"watch.best = {self.best!r}, and nothing is evaluated.",
+            "set watch.evaluate_every, e.g. 500",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Train:
     """One training stage.
 
@@ -317,6 +356,7 @@ class Train:
         checkpoint_every: steps between checkpoints. keep_checkpoints: how many stay.
         data_threads: threads that assemble batches; does not change the result.
         log_every: steps between progress lines; every step is in log.jsonl.
+        watch: trackers, evaluation during training, spikes, checkpoints behind the training.
         betas, eps: of AdamW.
     """
 
@@ -347,6 +387,7 @@ class Train:
     keep_checkpoints: int = 2
     data_threads: int = 1
     log_every: int = 10
+    watch: Watch = field(default_factory=Watch)
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
 

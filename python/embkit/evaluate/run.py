@@ -127,15 +127,29 @@ def _model_scores(
     """Scores of every set and width; remembered, because a soup judges what is evaluated later."""
     key = (encoder.digest(), digest_of(folder), tuple(widths))
     if key not in _remembered:
-        tasks: dict[str, Any] = {}
-        for found in sets:
-            parts = [_encode(encoder, t, r, max(widths), progress) for t, r in _texts(found)]
-            scores = {str(w): score_set(found, [prefix(p, w) for p in parts]) for w in widths}
-            tasks[found.name] = {"type": found.type, "widths": scores}
+        tasks = _encode_and_score(encoder, sets, widths, progress)
         while len(_remembered) >= _REMEMBER:
             del _remembered[next(iter(_remembered))]
         _remembered[key] = tasks
     return _remembered[key]
+
+
+def score_sets(encoder: Encoder, sets: Sequence[EvalSet]) -> dict[str, Any]:
+    """What :func:`evaluate` returns, of sets that are loaded; remembers and prints nothing."""
+    widths = _widths(encoder, None)
+    tasks = _encode_and_score(encoder, sets, widths, Bar("", None, ""))
+    return {"tasks": tasks, **_means(tasks, widths)}
+
+
+def _encode_and_score(
+    encoder: Encoder, sets: Sequence[EvalSet], widths: list[int], progress: Bar
+) -> dict[str, Any]:
+    tasks: dict[str, Any] = {}
+    for found in sets:
+        parts = [_encode(encoder, t, r, max(widths), progress) for t, r in _texts(found)]
+        scores = {str(w): score_set(found, [prefix(p, w) for p in parts]) for w in widths}
+        tasks[found.name] = {"type": found.type, "widths": scores}
+    return tasks
 
 
 def score_set(found: EvalSet, parts: Sequence[Vectors]) -> dict[str, float]:

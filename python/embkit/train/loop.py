@@ -13,36 +13,41 @@ import dataclasses
 import math
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from embkit import _rust
 from embkit.data.batches import Batches
 from embkit.errors import EmbkitError, Preempted, UsageError, nearest
-from embkit.progress import bar
+from embkit.progress import Bar, bar
 from embkit.recipe import Train
-from embkit.stage import digest_of, stage
-from embkit.train import checkpoint, checks
+from embkit.stage import Stage, stage
+from embkit.train import checks
 from embkit.train.batches import Batch, allocator, stream
+from embkit.train.callbacks import About, Callback, Callbacks
 from embkit.train.dynamic import split
+from embkit.train.evaluation import Evaluation
 from embkit.train.log import Log, save_failed_batch
 from embkit.train.negatives import Negatives
 from embkit.train.optim import Optimizer
-from embkit.train.profile import Clock, Profile
+from embkit.train.profile import Clock, Profile, Speed
 from embkit.train.refresh import Miner
+from embkit.train.reporters import reporters
 from embkit.train.signals import StopFlag
+from embkit.train.spike import Spikes
+from embkit.train.state import State
 from embkit.train.step import Done, Step
+from embkit.train.tensorboard import TensorBoard
 
 if TYPE_CHECKING:
     from embkit.model import Encoder
 
 # Settings that change what is seen or how fast, not one bit of the model.
 REFRESH = "refresh"  # folder of a run that is gone when it is published
-_FREE = ("data_threads", "log_every", "checkpoint_every", "keep_checkpoints")
+_FREE = ("data_threads", "log_every", "checkpoint_every", "keep_checkpoints", "watch")
 
 
 def prefinetune(
@@ -51,6 +56,7 @@ def prefinetune(
     *,
     out: Path | str,
     config: Train | None = None,
+    callbacks: Sequence[Callback] = (),
     fresh: bool = False,
     **overrides: Any,
 ) -> Encoder:
@@ -61,6 +67,7 @@ def prefinetune(
         store: an ``embkit.data.Store`` or its directory.
         out: the run directory: model/, checkpoints/, log.jsonl, manifest.json.
         config: settings; defaults when None.
+        callbacks: look on (:class:`embkit.train.Callback`).
         fresh: forget a finished or partial run in ``out``.
         **overrides: single settings by name, e.g. ``steps=500``.
 
@@ -73,7 +80,9 @@ def prefinetune(
         EmbkitError: the loss is no finite number; the batch is saved.
     """
     chosen = _config(config, overrides)
-    return train(encoder, store, name="prefinetune", out=out, config=chosen, fresh=fresh)[0]
+    return train(
+        encoder, store, name="prefinetune", out=out, config=chosen, callbacks=callbacks, fresh=fresh
+    )[0]
 
 
 def finetune(
@@ -84,6 +93,7 @@ def finetune(
     refresh: Miner | None = None,
     out: Path | str,
     config: Train | None = None,
+    callbacks: Sequence[Callback] = (),
     fresh: bool = False,
     **overrides: Any,
 ) -> Encoder:
@@ -93,8 +103,8 @@ def finetune(
         negatives: what :func:`embkit.mine.mine` returned, or its directory; None uses the
             negatives in the examples, if any.
         refresh: how negatives are mined again every ``refresh_every`` steps.
-        encoder, store, out, config, fresh, **overrides: as for :func:`prefinetune`; give each run
-            of a soup its own ``out`` and ``seed``.
+        encoder, store, out, config, callbacks, fresh, **overrides: as for :func:`prefinetune`;
+            give each run of a soup its own ``out`` and ``seed``.
 
     Returns:
         The trained encoder, in evaluation mode.
@@ -105,7 +115,7 @@ def finetune(
     chosen = _config(config, overrides)
     return train(
         encoder, store, name="finetune", out=out, config=chosen, negatives=negatives,
-        refresh=refresh, fresh=fresh,
+        refresh=refresh, callbacks=callbacks, fresh=fresh,
     )[0]  # fmt: skip
 
 
@@ -118,6 +128,7 @@ def train(
     config: Train,
     negatives: Any = None,
     refresh: Miner | None = None,
+    callbacks: Sequence[Callback] = (),
     fresh: bool = False,
 ) -> tuple[Encoder, Profile]:
     """What both stages are: a resumable run published as one directory.
@@ -138,7 +149,7 @@ def train(
     params = {**_decisive(config), "init": encoder.digest()}
     if miner is not None:
         params["miner"] = dict(miner.params)
-    inputs = [store.path, *([mined] if mined else [])]
+    inputs = [store.path, *([mined] if mined else []), *_judges(config)]
     with stage(
         out, name=name, params=params, inputs=inputs, kind="embkit.run", fresh=fresh
     ) as work:
@@ -146,10 +157,13 @@ def train(
             return Encoder.from_pretrained(work.out / "model"), Profile()
         checks.before_training(encoder, store)
         encoder.check_steps(config.steps)
-        run = _Run(copy.deepcopy(encoder), store, mined, miner, config, work.dir, work.digest)
+        watching = [TensorBoard(), *reporters(config.watch.report_to), *callbacks]
+        run = _Run(copy.deepcopy(encoder), store, mined, miner, config, work, Callbacks(watching))
+        if not fresh:
+            checks.no_other_run(work.out, work.digest, run.about)
         run.adopt_sides()
         with deterministic(), bar(name.capitalize(), total=config.steps, unit="steps") as progress:
-            run.all(progress)
+            run.all(name, progress)
         shutil.rmtree(work.dir / REFRESH, ignore_errors=True)
         run.encoder.finish()
         export(run.encoder, work.dir / "model", name=Path(out).name)
@@ -161,7 +175,7 @@ def train(
                     for name, count in run.batches.examples.items()
                 ],
                 "skipped": run.batches.skipped,
-                "init_sha256": run.init_sha256,
+                "init_sha256": run.state.init_sha256,
                 "model_digest": run.encoder.digest(),
             }
         )
@@ -178,12 +192,12 @@ class _Run:
         negatives: Path | None,
         miner: Miner | None,
         config: Train,
-        folder: Path,
-        digest: str,
+        work: Stage,
+        callbacks: Callback,
     ) -> None:
-        self.encoder, self.config, self.folder, self.digest = encoder, config, folder, digest
-        self.store = store
-        self.data_digest = digest_of(store.path)
+        self.encoder, self.config, self.work = encoder, config, work
+        self.store, self.folder, self.callbacks = store, work.dir, callbacks
+        self.about = checks.identity(work.digest, _decisive(config), encoder, store)
         self.batches = Batches(
             store,
             batch_size=config.batch_size,
@@ -209,12 +223,16 @@ class _Run:
                 where="steps",
                 fix=f'set steps = {self.plan.steps}, more epochs, or exhausted = "repeat"',
             )
-        self.init_sha256 = checkpoint.sha256_tensors(encoder.state_dict())
         self.optimizer = Optimizer(encoder, config)
         self.step = Step(encoder, config, self.optimizer)
         self.profile = Profile()
-        self.log = Log(folder / "log.jsonl")
-        self.threads = torch.get_num_threads()
+        self.evaluation = Evaluation(config.watch)
+        self.log = Log(self.folder / "log.jsonl")
+        self.state = State(
+            self.folder, self.about, encoder=encoder, optimizer=self.optimizer,
+            batches=self.batches, config=config, evaluation=self.evaluation, log=self.log,
+            profile=self.profile,
+        )  # fmt: skip
         self.given, self.miner = negatives, miner
         self.done = 0
 
@@ -223,15 +241,26 @@ class _Run:
         self.encoder.prompts = {**self.encoder.prompts, **self.store.prompts}
         self.encoder.max_length = {**self.encoder.max_length, **self.store.max_length}
 
-    def all(self, progress: Any) -> None:
+    def all(self, name: str, progress: Bar) -> None:
         """Every step that is still to do."""
         self.encoder.train()
-        with torch.random.fork_rng(devices=[]), StopFlag() as stop, _threads(self.threads):
+        with torch.random.fork_rng(devices=[]), StopFlag() as stop, _threads(self.state.threads):
             torch.manual_seed(self.config.seed)
             start = self._resume()
-            progress.update(start)
+            progress.start(start)
             steps, negatives = self.config.steps, self.negatives
             negatives.idle = lambda: self._preempt() if stop.requested else None
+            self.speed = Speed(self.profile, self.encoder)
+            self.callbacks.on_start(
+                About(
+                    name=name,
+                    out=self.work.out,
+                    digest=self.work.digest,
+                    settings=self.about["config"],
+                    start=start,
+                    steps=steps,
+                )  # fmt: skip
+            )
             ahead = stream(
                 self.batches, start, steps, device=self.encoder.device,
                 threads=negatives.threads(self.config.data_threads),
@@ -247,19 +276,36 @@ class _Run:
                     negatives.updated(done, self.encoder)
                     if stop.requested and done < steps:
                         self._preempt()
-                    if done % self.config.checkpoint_every == 0 or done == steps:
+                    best = self.evaluation.best_at(done)
+                    if done % self.config.checkpoint_every == 0 or done == steps or best:
                         self._save(done)
                     if done % self.config.log_every == 0 or done == steps:
-                        progress.update(done, loss=shown, task=batch.filled.task)
+                        progress.update(done, loss=shown, **self._shown())
                     mark = time.perf_counter()
+                self.state.saver.wait()
+                if self.config.watch.best == "export":
+                    self.state.load_best()
             finally:
                 ahead.close()  # type: ignore[attr-defined]
                 negatives.close()
                 self.log.close()
+                self.state.saver.close()
+                self.callbacks.on_end(self.done == steps)
+
+    def _shown(self) -> dict[str, str]:
+        """What the progress bar says of the whole run so far."""
+        speed = self.speed.whole()
+        peak = self.speed.peak
+        return {
+            "tok/s": f"{speed['tokens_per_s']:.0f}",
+            "MFU": f"{speed['mfu']:.0%} of {peak.flops / 1e12:.3g} TFLOP/s ({peak.origin})",
+            "data": f"{speed['wait']:.1%}",
+        }
 
     def _preempt(self) -> None:
         """Stop between two steps; the same call goes on from here."""
-        self._save(self.done)
+        self._save(self.done, preempted=True)
+        self.state.saver.wait()
         raise Preempted(
             f"SIGTERM: stopped after step {self.done} of {self.config.steps} with a checkpoint.",
             where=self.folder,
@@ -267,118 +313,92 @@ class _Run:
         )
 
     def _step(self, batch: Batch) -> float:
-        """One step and its log line; returns the loss."""
+        """One step, its evaluation and its log line; returns the loss."""
         clock = Clock(self.profile)
         step = batch.filled.step + 1
         done = self.step.run(batch, clock)
+        self._check(batch, done)
+        more = dict(self.negatives.after(batch, done.embeddings))
+        clock.lap("negatives")
+        self.speed.count(batch.filled)
+        clock.lap("other")
+        speed, scores = self.speed.now(), None
+        if self.evaluation.due(step, self.config.steps):
+            scores = self.evaluation.run(self.encoder, step)
+            more["scores"] = {"mean": scores["mean"], "types": scores["types"]}
+            clock.lap("evaluation")
+        line = self._line(batch, done, more)
+        self.log.write(line)
+        self.spikes.add(line)
+        self.callbacks.on_step(step, line, speed)
+        if scores is not None:
+            self.callbacks.on_evaluate(step, scores)
+        clock.lap("other")
+        return done.loss
+
+    def _check(self, batch: Batch, done: Done) -> None:
+        """A loss or gradient that is no number, or a loss that has jumped, ends the run."""
+        step = batch.filled.step + 1
         if not math.isfinite(done.loss):
             self._fail(batch, f"The loss of step {step} is {done.loss}.")
         if not math.isfinite(done.norm):
             self._fail(batch, f"The gradient norm of step {step} is {done.norm}.")
-        more = self.negatives.after(batch, done.embeddings)
-        clock.lap("negatives")
-        self._write(batch, done, more)
-        self.profile.steps += 1
-        self.profile.tokens += batch.filled.tokens
-        self.profile.padded += batch.filled.padded
-        clock.lap("other")
-        return done.loss
+        limit = self.spikes.limit(batch.filled.task)
+        if limit is not None and done.loss > limit:
+            self._fail(
+                batch,
+                f"The loss of step {step} has jumped to {done.loss:.4g}; by the last losses of "
+                f"this task up to {limit:.4g} was to be expected.",
+                more=' when it may jump, set watch.spike = "off" and go on from the checkpoint',
+            )
 
-    def _write(self, batch: Batch, done: Done, more: Mapping[str, Any]) -> None:
+    def _line(self, batch: Batch, done: Done, more: Mapping[str, Any]) -> dict[str, Any]:
         """One line a step, without times: the log of two equal runs is equal byte for byte."""
         filled = batch.filled
-        self.log.write(
-            {
-                "step": filled.step + 1,
-                "task": filled.task,
-                "epoch": filled.epoch,
-                "loss": done.loss,
-                "loss_hex": done.loss.hex(),
-                "loss_per_dim": dict(zip(map(str, self.encoder.dims), done.per_dim, strict=True)),
-                "lr": done.rate,
-                "grad_norm": done.norm,
-                "tokens": filled.tokens,
-                "padded": filled.padded,
-                "rows": len(filled.rows),
-                **more,
-            }
-        )
+        return {
+            "step": filled.step + 1,
+            "task": filled.task,
+            "epoch": filled.epoch,
+            "loss": done.loss,
+            "loss_hex": done.loss.hex(),
+            "loss_per_dim": dict(zip(map(str, self.encoder.dims), done.per_dim, strict=True)),
+            "lr": done.rate,
+            "grad_norm": done.norm,
+            "tokens": filled.tokens,
+            "padded": filled.padded,
+            "rows": len(filled.rows),
+            **more,
+        }
 
-    def _save(self, done: int) -> None:
-        began = time.perf_counter()
-        cursor = self.plan.count_before(done)
-        names = self.batches.names
-        epochs = [c // max(self.plan.batches_per_epoch(i), 1) for i, c in enumerate(cursor)]
-        self.log.sync()
-        optimizer, count = self.optimizer.tensors()
-        optimizer["rng.torch"] = torch.get_rng_state()
-        optimizer.update(self.negatives.tensors(done))
-        checkpoint.save(
-            self.folder / "checkpoints",
-            step=done,
-            model=self.encoder.state_dict(),
-            optimizer=optimizer,
-            state={
-                "stage_digest": self.digest,
-                "data_digest": self.data_digest,
-                "init_sha256": self.init_sha256,
-                "seed": self.config.seed,
-                "config": _decisive(self.config),
-                "cursor": dict(zip(names, cursor, strict=True)),
-                "epoch": dict(zip(names, epochs, strict=True)),
-                "optimizer_steps": count,
-                "torch_threads": self.threads,
-                "torch": torch.__version__.partition("+")[0],
-                "world": 1,
-                **self.negatives.state(done),
-            },
-            keep=self.config.keep_checkpoints,
-        )
-        self.negatives.prune(checkpoint.oldest(self.folder / "checkpoints"))
-        self.profile.checkpoint += time.perf_counter() - began
+    def _save(self, done: int, *, preempted: bool = False) -> None:
+        path = self.state.save(done, self.negatives, preempted=preempted)
+        self.callbacks.on_checkpoint(done, path)
 
     def _resume(self) -> int:
         """Steps done: the state of the newest checkpoint is loaded, the log cut to it."""
-        _rust.sweep_tmp(str(self.folder))  # what a killed process was writing
-        found = checkpoint.load_latest(self.folder / "checkpoints")
-        if found is None:
-            self._open_negatives()
-            self.log.start(0)
-            return 0
-        checkpoint.prune(found.path.parent, found.path, self.config.keep_checkpoints)
-        state = found.state
-        cursor = dict(
-            zip(self.batches.names, self.plan.count_before(int(state["step"])), strict=True)
-        )
-        checks.checkpoint_fits(
-            found, stage_digest=self.digest, data_digest=self.data_digest, cursor=cursor
-        )
-        self.encoder.load_state_dict(found.model)
-        torch.set_rng_state(found.optimizer.pop("rng.torch"))
-        slices = split(found.optimizer)
-        self.optimizer.restore(found.optimizer, int(state["optimizer_steps"]))
-        self.threads = int(state["torch_threads"])
-        torch.set_num_threads(self.threads)
-        self.done = int(state["step"])
-        self.encoder.begin_step(self.done - 1)
-        self._open_negatives().restore(slices, state, self.done)
-        self.log.start(self.done)
+        found = self.state.load()
+        self._open_negatives()
+        if found is not None:
+            self.done = int(found.state["step"])
+            self.encoder.begin_step(self.done - 1)
+            self.negatives.restore(split(found.optimizer), found.state, self.done)
+        lines = self.log.start(self.done)
+        self.spikes = Spikes(self.config.watch.spike, lines)
         return self.done
 
-    def _open_negatives(self) -> Negatives:
+    def _open_negatives(self) -> None:
         self.negatives = Negatives(
             self.config, self.batches, given=self.given, miner=self.miner,
-            folder=self.folder / REFRESH, threads=self.threads, profile=self.profile,
+            folder=self.folder / REFRESH, threads=self.state.threads, profile=self.profile,
         )  # fmt: skip
-        return self.negatives
 
-    def _fail(self, batch: Batch, what: str) -> None:
+    def _fail(self, batch: Batch, what: str, more: str = "") -> None:
         path = save_failed_batch(self.folder, batch)
         raise EmbkitError(
             what,
             where=f"task {batch.filled.task}; its batch is in {path}",
             fix="look at that batch; a lower lr, a longer warm-up or a higher temperature helps "
-            "when the data is sound",
+            f"when the data is sound{';' + more if more else ''}",
         )
 
 
@@ -429,4 +449,12 @@ def _decisive(config: Train) -> dict[str, Any]:
         plain["dynamic"] = dataclasses.asdict(config.dynamic.resolved())
     else:
         off = (*off, "dynamic")
+    if config.watch.best == "export":
+        plain["best"] = config.watch.evaluate_every
     return {key: value for key, value in plain.items() if key not in (*_FREE, *off)}
+
+
+def _judges(config: Train) -> list[str]:
+    """The evaluation sets of a run whose output they decide."""
+    on = config.watch.evaluate_on
+    return [on] if config.watch.best == "export" and on is not None else []

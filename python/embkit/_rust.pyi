@@ -449,6 +449,8 @@ class Loader:
         padded: rectangles instead of packed rows. pad_id: fills them.
         no_duplicates: examples that share a cluster are kept out of each other's batches, by
             reordering inside superblocks of 64 batches.
+        prompt_dropout: share of the queries, and of the examples' passages, whose row without the
+            prompt is taken.
 
     Raises UsageError, CorruptError: what cannot be trained on, before the first step.
     """
@@ -466,6 +468,7 @@ class Loader:
         padded: bool = False,
         pad_id: int = 0,
         no_duplicates: bool = False,
+        prompt_dropout: float = 0.0,
         exhausted: str = "repeat",
         epochs: int = 1,
     ) -> Loader: ...

@@ -351,6 +351,9 @@ class Train:
         refresh_every: steps between refreshes, which mine again with the weights of that step in a
             process beside the training; 0 is never. refresh_lag: steps until the new negatives
             take the place of the old.
+        prompt_dropout: share of the queries, and of the examples' passages, that are trained
+            without their prompt, drawn anew each epoch (Gemini Embedding 2 does so, at a rate it
+            does not give).
         cosent_scale: lambda of CoSENT (1 / its temperature).
         token_budget: tokens of a micro-batch, padding included.
         checkpoint_every: steps between checkpoints. keep_checkpoints: how many stay.
@@ -381,6 +384,7 @@ class Train:
     dynamic: Dynamic = field(default_factory=Dynamic)
     refresh_every: int = 0
     refresh_lag: int = 100
+    prompt_dropout: float = 0.0
     cosent_scale: float = 20.0
     token_budget: int = 16384
     checkpoint_every: int = 100
@@ -395,6 +399,11 @@ class Train:
         _one_of("schedule", self.schedule, ("cosine", "linear", "constant"))
         _one_of("exhausted", self.exhausted, ("repeat", "drop", "stop"))
         _one_of("hard_rule", self.hard_rule, ("sample", "top"))
+        _require(
+            0 <= self.prompt_dropout <= 1,
+            f"prompt_dropout = {self.prompt_dropout} is no share.",
+            "give a number from 0 to 1, e.g. 0.1",
+        )
         for name in (
             "steps",
             "batch_size",

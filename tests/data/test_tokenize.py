@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from pathlib import Path
 from typing import Any
@@ -76,8 +77,10 @@ def test_without_prompts_every_text_is_one_row(records: data.Records, tmp_path: 
 def test_rows_equal_a_naive_plan(records: data.Records) -> None:
     tables = records.tasks()
     n = len(records.texts)
-    for prompts in ({"query": "", "passage": ""}, PROMPTS, {"query": "q ", "passage": ""}):
-        got = plan_rows(tables, n, prompts)
+    for prompts, plain in itertools.product(
+        ({"query": "", "passage": ""}, PROMPTS, {"query": "q ", "passage": ""}), (False, True)
+    ):
+        got = plan_rows(tables, n, prompts, plain=plain)
         uses: dict[tuple[int, str], set[str]] = {}
         for table in tables.values():
             pair = table.kind != "retrieval"
@@ -87,6 +90,9 @@ def test_rows_equal_a_naive_plan(records: data.Records) -> None:
             for row in [*table.positive.tolist(), *table.negative.tolist()]:
                 text = "" if pair else prompts["passage"]
                 uses.setdefault((row, text), set()).update("qp" if pair else "p")
+        for (row, text), use in list(uses.items()) if plain else ():
+            if text:
+                uses.setdefault((row, ""), set()).update(use)
         want = {key: {"q": 0, "p": 1}.get("".join(sorted(u)), 2) for key, u in uses.items()}
         rows = zip(got.text.tolist(), got.prompt.tolist(), got.role.tolist(), strict=True)
         assert {(t, got.prompts[p]): r for t, p, r in rows} == want

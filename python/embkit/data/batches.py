@@ -154,6 +154,9 @@ class Batches:
         pad_id: fills padded rows.
         no_duplicates: keep examples that share a near-duplicate cluster out of each other's global
             batch.
+        prompt_dropout: share of the queries, and of the examples' passages (those of one example
+            together), that are taken without their prompt, drawn anew each epoch. The store must
+            have been tokenised with ``prompt_dropout=True``.
         exhausted, epochs: see :class:`embkit._rust.Plan`.
         rank, world_size: this process among those that share each global batch.
         allocate: gives a uint8 array of so many bytes; numpy.empty by default, pinned memory for
@@ -181,6 +184,7 @@ class Batches:
         dtype: str = "int64",
         pad_id: int = 0,
         no_duplicates: bool = False,
+        prompt_dropout: float = 0.0,
         exhausted: str = "repeat",
         epochs: int = 1,
         rank: int = 0,
@@ -212,6 +216,8 @@ class Batches:
             "exhausted": exhausted,
             "epochs": epochs,
         }
+        if prompt_dropout:
+            self._settings["prompt_dropout"] = prompt_dropout
         self.loader = self._open(negatives)
         self.plan = self.loader.plan
 

@@ -266,7 +266,8 @@ def _forms(store: Store) -> Array:
     if len(rest):  # rows that no example names: role and prompt tell the form
         role, plain = store.role(rest), store.prompt_len(rest) == 0
         use = np.where(role == 0, number["query"], number["passage"])
-        form[rest] = np.where(plain & (role == 2), number["either"], use)
+        named = np.where(role == 0, prompts["query"] != "", prompts["passage"] != "")
+        form[rest] = np.where(plain & (named | (role == 2)), number["either"], use)
     return form
 
 

@@ -37,6 +37,7 @@ def tokenize(
     max_length_query: int = 32,
     max_length_passage: int = 96,
     prompts: Mapping[str, str] | None = None,
+    prompt_dropout: bool = False,
     on_long: str = "truncate",
     backend: str = "auto",
     fresh: bool = False,
@@ -50,6 +51,8 @@ def tokenize(
             WordPiece of ``vocab_size`` on these records.
         max_length_query, max_length_passage: tokens kept, special tokens included.
         prompts: text before a query or passage, ``{"query": "", "passage": ""}``.
+        prompt_dropout: keep every text without its prompt too, for training that leaves prompts
+            out at random.
         on_long: ``"truncate"`` cuts texts above their limit and counts them; ``"error"`` publishes
             nothing when there is one.
         backend: ``"auto"`` takes the fast path where it knows the tokenizer (docs/tokenizers.md),
@@ -76,6 +79,8 @@ def tokenize(
         "max_length": {"query": max_length_query, "passage": max_length_passage},
         "prompts": {role: prompts.get(role, "") for role in ("query", "passage")},
     }
+    if prompt_dropout:
+        params["prompt_dropout"] = True
     if on_long == "error":  # a finished store that was cut must not pass for one that was not
         params["on_long"] = on_long
     with stage(
@@ -101,7 +106,8 @@ def _run(records: Records, given: Any, params: dict[str, Any], work: Any, backen
             given = vocabulary.train_wordpiece(texts, vocab_size=params["vocab_size"]), {}
             progress.update(len(texts))
     tokenizer_json, config = given
-    rows = plan_rows(tables, len(texts), params["prompts"])
+    plain = "prompt_dropout" in params
+    rows = plan_rows(tables, len(texts), params["prompts"], plain=plain)
     source = _sources(tables, len(texts))
     longest = max(params["max_length"].values())
     limits = [params["max_length"]["query"], params["max_length"]["passage"], longest]
@@ -178,13 +184,16 @@ class Rows:
     row_of: dict[str, Array]
 
 
-def plan_rows(tables: Mapping[str, Examples], texts: int, prompts: Mapping[str, str]) -> Rows:
+def plan_rows(
+    tables: Mapping[str, Examples], texts: int, prompts: Mapping[str, str], *, plain: bool = False
+) -> Rows:
     """Decide the rows: texts in their order, for each the forms that the examples use.
 
     Args:
         tables: the examples, in text rows.
         texts: number of texts.
         prompts: prompt per role; texts used either way take none.
+        plain: give every text a row without a prompt, next to the one with it.
     """
     used = {use: np.zeros(texts, bool) for use in _USES}
     for table in tables.values():
@@ -198,7 +207,7 @@ def plan_rows(tables: Mapping[str, Examples], texts: int, prompts: Mapping[str, 
     there = np.zeros((texts, len(distinct)), bool)
     role = np.zeros((texts, len(distinct)), np.uint8)
     for i in range(len(distinct)):
-        uses = [use for use in _USES if form[use] == i]
+        uses = [use for use in _USES if form[use] == i or (plain and distinct[i] == "")]
         q = np.logical_or.reduce([used[u] for u in uses if u != "passage"] or [there[:, i]])
         p = np.logical_or.reduce([used[u] for u in uses if u != "query"] or [there[:, i]])
         there[:, i] = q | p

@@ -212,6 +212,7 @@ class _Run:
             layout="padded",
             pad_id=encoder.tokenizer.pad_id,
             no_duplicates=config.no_duplicates,
+            prompt_dropout=config.prompt_dropout,
             exhausted=config.exhausted,
             epochs=config.epochs,
             allocate=allocator(encoder.device),
@@ -451,6 +452,8 @@ def _decisive(config: Train) -> dict[str, Any]:
         off = (*off, "dynamic")
     if config.watch.best == "export":
         plain["best"] = config.watch.evaluate_every
+    if not config.prompt_dropout:
+        off = (*off, "prompt_dropout")
     return {key: value for key, value in plain.items() if key not in (*_FREE, *off)}
 
 

@@ -108,7 +108,7 @@ impl Loader {
     #[new]
     #[pyo3(signature = (
         store, tasks, *, seed, batch_size, token_budget, hard=0, hard_rule="sample", padded=false,
-        pad_id=0, no_duplicates=false, exhausted="repeat", epochs=1
+        pad_id=0, no_duplicates=false, prompt_dropout=0.0, exhausted="repeat", epochs=1
     ))]
     #[allow(clippy::too_many_arguments)] // keyword arguments of one call
     fn new(
@@ -123,6 +123,7 @@ impl Loader {
         padded: bool,
         pad_id: i32,
         no_duplicates: bool,
+        prompt_dropout: f64,
         exhausted: &str,
         epochs: u64,
     ) -> PyResult<Loader> {
@@ -146,6 +147,7 @@ impl Loader {
                 token_budget,
                 padded,
                 no_duplicates,
+                prompt_dropout,
                 exhausted: self::exhausted(exhausted, epochs)?,
             };
             let tasks: Vec<TaskFiles> = tasks

@@ -17,7 +17,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use embkit_core::container::Verify;
 use embkit_core::{Error, Result};
 
-use crate::plan::{Exhausted, Part, Plan, Task, sample};
+use crate::plan::{Exhausted, Part, Plan, Task, draw, sample};
 use crate::read::{Span, Store};
 use crate::records::Kind;
 use distinct::Keys;
@@ -53,6 +53,8 @@ pub struct Settings {
     pub padded: bool,
     /// Keep examples that share a text out of each other's batches.
     pub no_duplicates: bool,
+    /// Share of the queries, and of the examples' passages, that are taken without their prompt.
+    pub prompt_dropout: f64,
     /// What happens when a task's epochs are used up.
     pub exhausted: Exhausted,
 }
@@ -345,8 +347,8 @@ impl Loader {
         let lines: Vec<u64> = examples.iter().map(|e| table.line(*e)).collect();
         table.prefetch(&lines);
         let key = self.plan.key("positive", part.task, part.epoch);
-        let query = lines.iter().map(|l| table.query(*l)).collect::<Result<Vec<u64>>>()?;
-        let positive: Vec<u64> = examples
+        let mut query = lines.iter().map(|l| table.query(*l)).collect::<Result<Vec<u64>>>()?;
+        let mut positive: Vec<u64> = examples
             .iter()
             .zip(&lines)
             .map(|(e, l)| table.positive(*e, *l, key))
@@ -383,10 +385,43 @@ impl Loader {
                 }
             }
         }
+        let key = self.plan.key("prompt", part.task, part.epoch);
+        let mut sides: [(&mut [u64], usize); 3] =
+            [(&mut query, 1), (&mut positive, 1), (&mut hard, width)];
+        for (side, (rows, width)) in sides.iter_mut().enumerate() {
+            self.drop_prompts(rows, *width, &examples, key, side.min(1) as u64)?;
+        }
         for rows in [&query, &positive, &hard] {
             self.store.prefetch(rows);
         }
         Ok(Sides { examples, lines, query, positive, hard, hard_mask, width })
+    }
+
+    /// Puts the form without a prompt in the place of some rows, `width` per example: a draw for
+    /// each example and side (0 query, 1 passages, which go together), anew each epoch.
+    ///
+    /// Errors: `Usage` when a row that is drawn has no such form.
+    fn drop_prompts(
+        &self,
+        rows: &mut [u64],
+        width: usize,
+        examples: &[u64],
+        key: u64,
+        side: u64,
+    ) -> Result<()> {
+        let share = self.settings.prompt_dropout;
+        if share <= 0.0 || width == 0 {
+            return Ok(());
+        }
+        let limit = (share * 2f64.powi(64)) as u64; // saturates: 1.0 drops all but one in 2^64
+        for (example, own) in examples.iter().zip(rows.chunks_mut(width)) {
+            if draw(key, example.wrapping_mul(2).wrapping_add(side)) <= limit {
+                for row in own {
+                    *row = self.store.plain_of(*row)?;
+                }
+            }
+        }
+        Ok(())
     }
 
     /// Identity keys of queries, positives and hard negatives, dense over the global batch.

@@ -204,6 +204,28 @@ impl Store {
         self.value(row, |s| s.prompt_len)
     }
 
+    /// The row of the same text without a prompt: itself, or one of its neighbours.
+    ///
+    /// Errors: `Usage` when the store has no such row.
+    pub fn plain_of(&self, row: u64) -> Result<u64> {
+        if self.prompt_len_of(row)? == 0 {
+            return Ok(row);
+        }
+        // The forms of a text lie side by side, one per prompt, and there are three at most.
+        let text = self.value(row, |s| s.text_id)?;
+        let near =
+            [row.wrapping_add(1), row.wrapping_add(2), row.wrapping_sub(1), row.wrapping_sub(2)];
+        for other in near.into_iter().filter(|other| *other < self.rows()) {
+            if self.value(other, |s| s.text_id)? == text && self.prompt_len_of(other)? == 0 {
+                return Ok(other);
+            }
+        }
+        Err(Error::usage(
+            format!("{}: row {row} has no form without its prompt", self.dir.display()),
+            "Tokenize again with prompt_dropout, or set prompt_dropout = 0",
+        ))
+    }
+
     /// The text of a row, without its prompt.
     /// Errors: `Usage` when the row does not exist or the store has no raw files, `Corrupt`.
     pub fn text(&self, row: u64) -> Result<&str> {

@@ -39,6 +39,7 @@ fuzz_target!(|input: &[u8]| {
         token_budget: 16,
         padded: flags & 32 == 0,
         no_duplicates: flags & 128 == 0,
+        prompt_dropout: f64::from(flags & 3) / 3.0,
         exhausted: Exhausted::Drop(1),
     };
     let Ok(loader) = Loader::open(store.clone(), &[task], settings) else { return };

@@ -119,6 +119,7 @@ fn train(store: &Arc<Store>, task: &TaskFiles, rng: u64, buffer: &mut [u8]) -> R
         token_budget: 40,
         padded: rng >> 17 & 1 == 0,
         no_duplicates: rng >> 18 & 1 == 0,
+        prompt_dropout: (rng >> 19 & 3) as f64 / 3.0,
         exhausted: Exhausted::Drop(1),
     };
     let loader = Loader::open(store.clone(), std::slice::from_ref(task), settings)?;

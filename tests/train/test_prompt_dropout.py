@@ -1,0 +1,134 @@
+"""Prompts that are left out at random: which rows, the same on every resume, and nothing else."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from naive_draws import draws, key_of
+
+from embkit import data, recipe
+from embkit.data import Batches, Store
+from embkit.errors import UsageError
+from embkit.pipeline import tokenizer_options
+
+PROMPTS = {"query": "search query : ", "passage": "text : "}
+SETTINGS: dict[str, Any] = {"batch_size": 8, "seed": 5, "hard_negatives": 1, "token_budget": 200}
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    rng = np.random.default_rng(0)
+    words = [f"word{i}" for i in range(40)]
+
+    def text(n: int) -> str:
+        return " ".join(rng.choice(words, n))
+
+    folder = tmp_path_factory.mktemp("prompts")
+    rows = [
+        {"query": text(3), "positive": text(9), "negative": [text(7), text(6)]} for _ in range(50)
+    ]
+    rows[7]["query"] = rows[8]["positive"]  # a text in both roles
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (folder / "pairs.jsonl").write_text(lines)
+    return folder
+
+
+def store_of(records: Path, out: Path, **options: Any) -> Store:
+    sizes: dict[str, Any] = {"vocab_size": 200, "max_length_query": 12, "max_length_passage": 20}
+    return data.tokenize(data.read(records), out=out, prompts=PROMPTS, **{**sizes, **options})
+
+
+def test_rows_without_prompts_lie_beside_their_own(records: Path, tmp_path: Path) -> None:
+    plain, both = (
+        store_of(records, tmp_path / str(i), prompt_dropout=i == 1, tokenizer=None) for i in (0, 1)
+    )
+    rows = np.arange(both.rows, dtype=np.uint64)
+    with_prompt = both.prompt_len(rows) > 0
+    assert with_prompt.sum() == plain.rows
+    bare = {(t, n) for t, n in zip(both.text_id(rows).tolist(), both.lengths(rows), strict=True)}
+    assert len({t for t, _ in bare}) == (~with_prompt).sum()  # one row without prompt for each text
+    assert "prompt_dropout" not in json.dumps(plain.manifest["params"])
+
+
+@pytest.mark.parametrize("share", [0.3, 1.0])
+def test_which_prompts_go(records: Path, tmp_path: Path, share: float) -> None:
+    """Every row against a reference: a draw per example and side, anew each epoch."""
+    store = store_of(records, tmp_path / "store", prompt_dropout=True)
+    whole = Batches(store, **SETTINGS)
+    dropped = Batches(store, prompt_dropout=share, **SETTINGS)
+    rows = np.arange(store.rows, dtype=np.uint64)
+    text, prompt = store.text_id(rows), store.prompt_len(rows)
+    bare = {t: r for t, r, p in zip(text.tolist(), rows.tolist(), prompt, strict=True) if p == 0}
+    gone = []
+    for step in range(20):
+        one, two = whole.batch(step), dropped.batch(step)
+        assert np.array_equal(one.examples, two.examples)
+        key = key_of(5, "prompt", "pairs", one.epoch)
+        for side, names in enumerate((("query",), ("positive", "hard"))):
+            counter = one.examples * np.uint64(2) + np.uint64(side)
+            drop = draws(key, counter) <= np.uint64(min(share * 2.0**64, 2.0**64 - 2048))
+            drop |= share == 1.0
+            gone.append(drop)
+            for name in names:
+                before, after = (b.rows[b[name].reshape(8, -1)] for b in (one, two))
+                want = np.array([[bare[t] for t in text[row].tolist()] for row in before])
+                assert np.array_equal(after, np.where(drop[:, None], want, before))
+        # Who is a negative of whom does not change with the prompt.
+        names = ("query_key", "positive_key", "hard_key", "hard_mask", "weight")
+        assert all(np.array_equal(one[name], two[name]) for name in names)
+        assert np.array_equal(two["prompt_len"], prompt[two.rows])
+    rates = np.mean(gone)
+    assert rates == 1.0 if share == 1.0 else 0.2 < rates < 0.4
+    # Of the same example in two epochs, and of its two sides, each is a draw of its own.
+    assert share == 1.0 or len({tuple(drop) for drop in gone}) > 30
+
+
+def test_a_resumed_run_drops_the_same(records: Path, tmp_path: Path) -> None:
+    store = store_of(records, tmp_path / "store", prompt_dropout=True)
+    batches = Batches(store, prompt_dropout=0.5, **SETTINGS)
+    rows = [b.rows.copy() for b in batches.stream(0, 9)]
+    again = Batches(store, prompt_dropout=0.5, **SETTINGS)
+    assert all(
+        np.array_equal(a, b.rows)
+        for a, b in zip(rows[4:], again.stream(4, 9, threads=2), strict=True)
+    )
+    ranks = [
+        Batches(store, prompt_dropout=0.5, rank=r, world_size=2, **SETTINGS).batch(3)
+        for r in range(2)
+    ]
+    assert {*np.concatenate([b.rows for b in ranks]).tolist()} == {*rows[3].tolist()}
+
+
+def test_a_store_without_such_rows(records: Path, tmp_path: Path) -> None:
+    store = store_of(records, tmp_path / "store")
+    with pytest.raises(UsageError, match="no form without its prompt") as caught:
+        Batches(store, prompt_dropout=1.0, **SETTINGS).batch(0)
+    assert "prompt_dropout" in str(caught.value.fix)
+
+
+def test_merged_stores_keep_both_forms(records: Path, tmp_path: Path) -> None:
+    store = store_of(records, tmp_path / "store", prompt_dropout=True)
+    other = tmp_path / "more"
+    other.mkdir()
+    (other / "more.jsonl").write_text('{"query": "word1 word2", "positive": "word3 word4 word5"}\n')
+    second = store_of(other, tmp_path / "second", prompt_dropout=True, tokenizer=store.tokenizer)
+    merged = data.merge([store, second], out=tmp_path / "merged")
+    assert merged.rows == store.rows + second.rows
+    task = {"more": 1.0}
+    batch = Batches(merged, batch_size=1, weights=task, prompt_dropout=1.0).batch(0)
+    assert batch["prompt_len"].tolist() == [0, 0]
+    assert sorted(merged.text(int(r)) for r in batch.rows) == ["word1 word2", "word3 word4 word5"]
+
+
+def test_the_recipe_makes_the_rows_that_its_runs_need() -> None:
+    def asked(**table: Any) -> bool:
+        return bool(tokenizer_options(recipe.from_table(table))["prompt_dropout"])
+
+    assert not asked() and asked(prefinetune={"prompt_dropout": 0.1})
+    assert asked(runs=[{"seed": 0}, {"prompt_dropout": 0.5}])
+    with pytest.raises(UsageError, match="no share"):
+        recipe.from_table({"finetune": {"prompt_dropout": 1.5}})

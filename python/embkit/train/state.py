@@ -136,6 +136,7 @@ class State:
         if best is not None:
             found = checkpoint.load(self.saver.folder / checkpoint.name_of(best["step"]))
             self.encoder.load_state_dict(dict(found.model))
+            self.encoder.begin_step(best["step"] - 1)
 
     def _cursor(self, done: int) -> dict[str, int]:
         counts = self.batches.plan.count_before(done)

@@ -7,8 +7,10 @@ kernel. `EMBKIT_KERNELS=auto|triton|ref` chooses. Triton is optional; importing 
 
 from ._dispatch import KernelUnavailableError, provider
 from .cosent import cosent, cosent_naive, prefix_cosine
+from .distill import embedding_distill, embedding_distill_naive
 from .infonce import infonce, infonce_naive, value_and_grads
 from .mean_pool import cls_pool, last_token_pool, mean_pool, mean_pool_ref
+from .similarity import mrl_similarity, mrl_similarity_naive
 from .spread_out import spread_out, spread_out_naive
 
 __all__ = [
@@ -16,11 +18,15 @@ __all__ = [
     "cls_pool",
     "cosent",
     "cosent_naive",
+    "embedding_distill",
+    "embedding_distill_naive",
     "infonce",
     "infonce_naive",
     "last_token_pool",
     "mean_pool",
     "mean_pool_ref",
+    "mrl_similarity",
+    "mrl_similarity_naive",
     "prefix_cosine",
     "provider",
     "spread_out",

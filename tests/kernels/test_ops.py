@@ -14,8 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from embkit_kernels import (
     KernelUnavailableError,
     cosent,
+    embedding_distill,
     infonce,
     mean_pool,
+    mrl_similarity,
     provider,
     spread_out,
     value_and_grads,
@@ -181,12 +183,13 @@ def test_opcheck(rng: torch.Generator) -> None:
     torch.library.opcheck(cosent_op, (scores, ids, 20.0))
 
 
-@pytest.mark.parametrize("op", ["infonce", "cosent", "mean_pool"])
+@pytest.mark.parametrize("op", ["infonce", "cosent", "mean_pool", "similarity"])
 def test_dispatch(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = {
         "infonce": lambda: infonce(torch.eye(2), torch.eye(2)),
         "cosent": lambda: cosent(torch.ones(2), torch.arange(2)),
         "mean_pool": lambda: mean_pool(torch.ones(2, 2), cu_seqlens=torch.tensor([0, 2])),
+        "similarity": lambda: mrl_similarity(torch.eye(2), torch.eye(2), k=1),
     }
     cpu = torch.device("cpu")
     monkeypatch.delenv("EMBKIT_KERNELS", raising=False)
@@ -233,7 +236,8 @@ def test_imports_with_torch_alone_and_beside_a_copy_of_itself(tmp_path: Path) ->
 def test_docstring_examples() -> None:
     import doctest
 
-    for f in (infonce, value_and_grads, mean_pool, cosent, spread_out):
+    documented = (cosent, embedding_distill, infonce, mean_pool, mrl_similarity, spread_out)
+    for f in (*documented, value_and_grads):
         runner = doctest.DocTestRunner()
         for case in doctest.DocTestFinder().find(f, globs={**vars(sys.modules[f.__module__])}):
             assert runner.run(case).failed == 0

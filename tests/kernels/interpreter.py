@@ -26,6 +26,9 @@ TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 6e-3}
 FLOOR = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 4e-3}
 """An error below this is one rounding of the result: there torch is not to be beaten."""
 
+LEAST = {torch.float32: 1e-30, torch.float16: 1e-3, torch.bfloat16: 1e-30}
+"""Results with a smaller norm are compared as if they had it: below lie subnormal numbers."""
+
 
 @pytest.fixture
 def interpreter(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
@@ -101,6 +104,7 @@ def against(
     *,
     tolerance: float | None = None,
     forward: float | None = None,
+    floor: float | None = None,
     peer: Callable[..., Outputs] | None = None,
     seed: int = 7,
 ) -> dict[str, float]:
@@ -115,6 +119,7 @@ def against(
         inputs: in their own dtype; those with `requires_grad` get a gradient.
         tolerance: bound of each error; None takes the dtype's from `TOLERANCE`.
         forward: bound of the outputs' errors, where it is another (losses are tighter).
+        floor: error within which torch need not be beaten; None takes the dtype's from `FLOOR`.
         peer: what "plain torch" is; None means the reference in the inputs' dtype.
         seed: of the upstream gradients.
 
@@ -123,6 +128,7 @@ def against(
     """
     dtype = next(x.dtype for x in inputs if x.is_floating_point())
     bound = TOLERANCE[dtype] if tolerance is None else tolerance
+    floor, least = FLOOR[dtype] if floor is None else floor, LEAST[dtype]
     wide = [x.detach().double() if x.is_floating_point() else x for x in inputs]
     want = evaluate(reference, wide, inputs, seed)
     got = evaluate(fused, inputs, inputs, seed)
@@ -131,18 +137,18 @@ def against(
     errors = {}
     for name, exact in want.items():
         assert got[name].shape == exact.shape, f"{name}: {got[name].shape}, not {exact.shape}"
-        errors[name] = error = relative(got[name], exact)
+        errors[name] = error = relative(got[name], exact, least)
         limit = forward if forward is not None and name.startswith("out") else bound
         assert error <= limit, f"{name} is off by {error:.1e}, allowed {limit:.1e}"
-        best = max(relative(torch_has[name], exact), FLOOR[dtype])
+        best = max(relative(torch_has[name], exact, least), floor)
         assert error <= best, f"{name} is off by {error:.1e}, torch in {dtype} by {best:.1e}"
     return errors
 
 
-def relative(got: Tensor, want: Tensor) -> float:
-    """||got - want|| / ||want||, infinite for NaN; where all of want is 0, ||got||."""
-    scale = want.double().norm()
-    error = (got.double() - want.double()).norm() / (scale if scale > 0 else 1)
+def relative(got: Tensor, want: Tensor, least: float = 0.0) -> float:
+    """||got - want|| / max(||want||, least), infinite for NaN; ||got|| if that divides by 0."""
+    scale = max(float(want.double().norm()), least) or 1.0
+    error = (got.double() - want.double()).norm() / scale
     return float(torch.nan_to_num(error, nan=torch.inf))
 
 

@@ -342,7 +342,8 @@ def fused(
         weight = weights[:, rows] * state.slope(top) / state.tau
         top = torch.where(top.isneginf(), 0, top)
         for block in blocks:
-            share = (block.base - top).exp_().mul_(weight)
+            # Nothing left in this block, and the others far below its base of 0: not inf * 0.
+            share = torch.where(block.mass > 0, block.base - top, MASKED).exp_().mul_(weight)
             pull = pull + _block_backward(state, block, share)
     pull = pull + _positives_backward(state, weights * state.slope(x))
     return state.losses(x), (*state.gradients(), -pull / state.tau)

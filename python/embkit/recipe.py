@@ -328,6 +328,42 @@ class Watch:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Part:
+    """One of several batches that an optimizer step is made of (docs/training.md).
+
+    Attributes:
+        tasks: mixture weights of the part's tasks by name; empty means all tasks by their size.
+        batch_size: rows of its global batch.
+        weight: factor of its loss in the step's.
+        hard_negatives: per query of a retrieval batch.
+        in_batch: whether other rows' positives are negatives; False leaves the hard negatives
+            (Conan-embedding's balance loss).
+        ranks: processes that work on this part alone, at the same time as the others'; 0 for
+            parts that take turns on all.
+    """
+
+    tasks: Mapping[str, float] = field(default_factory=dict)
+    batch_size: int = 256
+    weight: float = 1.0
+    hard_negatives: int = 0
+    in_batch: bool = True
+    ranks: int = 0
+
+    def __post_init__(self) -> None:
+        _require(
+            self.batch_size > 0 and self.weight > 0 and min(self.hard_negatives, self.ranks) >= 0,
+            f"parts: batch_size = {self.batch_size}, weight = {self.weight}, hard_negatives = "
+            f"{self.hard_negatives}, ranks = {self.ranks}: one is out of range.",
+            "batch_size and weight are above 0, the others at least 0",
+        )
+        _require(
+            self.in_batch or self.hard_negatives > 0,
+            "parts: in_batch = false leaves hard negatives only, and hard_negatives is 0.",
+            "set hard_negatives, e.g. 8",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Train:
     """One training stage.
 
@@ -335,8 +371,10 @@ class Train:
         steps: optimizer steps.
         batch_size: rows of a global batch.
         temperature: of InfoNCE; cosines are divided by it.
-        lr: peak learning rate of AdamW. warmup_ratio: share of the steps that warm up linearly.
-        schedule: cosine, linear or constant after the warm-up, down to lr * min_lr_ratio.
+        lr: peak learning rate of AdamW. warmup_ratio: share of the steps that warm up linearly;
+            warmup_steps: their number instead.
+        schedule: after the warm-up: cosine or linear, down to lr * min_lr_ratio; constant; or wsd,
+            constant until the last decay_ratio of the steps, and linear there.
         weight_decay: decoupled, on matrices only. clip_norm: global gradient norm.
         seed: seed of the plan (order, sampling) and of dropout.
         tasks: mixture weight of each task by name; empty means all tasks by their size, as
@@ -360,7 +398,20 @@ class Train:
         data_threads: threads that assemble batches; does not change the result.
         log_every: steps between progress lines; every step is in log.jsonl.
         watch: trackers, evaluation during training, spikes, checkpoints behind the training.
-        betas, eps: of AdamW.
+        betas, eps: of AdamW. adamw: "fused" or "foreach", its form.
+        ema: decay of an average of the weights, which becomes the model; 0 is none.
+        precision: fp32, bf16 or fp16 of the forward and backward; weights, their updates and
+            losses are float32.
+        accumulate: batches whose mean loss makes a step. Rows see the passages of their own batch:
+            a larger batch_size gives more negatives at the same memory.
+        parts: several batches a step, each with its own tasks, size and weight, in the place of
+            ``tasks``, ``batch_size`` and ``hard_negatives``.
+        graph_memory: GiB of the forward pass (estimated) that are kept for the backward;
+            micro-batches beyond run forward again. Does not change the result; 0 keeps nothing.
+        compile: torch.compile of the encoder.
+        sharding: of weights over ranks: "replicate", "shard" (FSDP2), or "hybrid": shards in each
+            set of ``shard_ranks``, copies among the sets. cpu_offload: shards rest in main memory.
+        rank_timeout: seconds after which a rank that does not answer is an error.
     """
 
     steps: int = 1000
@@ -368,6 +419,8 @@ class Train:
     temperature: float = 0.02
     lr: float = 5e-4
     warmup_ratio: float = 0.1
+    warmup_steps: int | None = None
+    decay_ratio: float = 0.2
     schedule: str = "cosine"
     min_lr_ratio: float = 0.0
     weight_decay: float = 0.01
@@ -394,9 +447,23 @@ class Train:
     watch: Watch = field(default_factory=Watch)
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
+    adamw: str = "fused"
+    ema: float = 0.0
+    precision: str = "fp32"
+    accumulate: int = 1
+    parts: tuple[Part, ...] = ()
+    graph_memory: float = 8.0
+    compile: bool = False
+    sharding: str = "replicate"
+    shard_ranks: int = 1
+    cpu_offload: bool = False
+    rank_timeout: float = 600.0
 
     def __post_init__(self) -> None:
-        _one_of("schedule", self.schedule, ("cosine", "linear", "constant"))
+        _one_of("schedule", self.schedule, ("cosine", "linear", "constant", "wsd"))
+        _one_of("adamw", self.adamw, ("fused", "foreach"))
+        _one_of("precision", self.precision, ("fp32", "bf16", "fp16"))
+        _one_of("sharding", self.sharding, ("replicate", "shard", "hybrid"))
         _one_of("exhausted", self.exhausted, ("repeat", "drop", "stop"))
         _one_of("hard_rule", self.hard_rule, ("sample", "top"))
         _require(
@@ -409,8 +476,11 @@ class Train:
             "batch_size",
             "epochs",
             "token_budget",
+            "accumulate",
             "checkpoint_every",
             "data_threads",
+            "rank_timeout",
+            "shard_ranks",
         ):
             value = getattr(self, name)
             _require(value > 0, f"{name} = {value} is not positive.", "give a whole number from 1")
@@ -428,6 +498,44 @@ class Train:
         for name in ("temperature", "lr", "mixture_temperature"):
             value = getattr(self, name)
             _require(value > 0, f"{name} = {value} is not positive.", "give a number above 0")
+        for name in ("ema", "decay_ratio", "graph_memory", "warmup_steps"):
+            value = getattr(self, name)
+            _require(
+                value is None or value >= 0,
+                f"{name} = {value} is negative.",
+                "give a number of at least 0",
+            )
+        _require(self.ema < 1, f"ema = {self.ema} never moves.", "give less than 1, e.g. 0.999")
+        self._check_parts()
+
+    def _check_parts(self) -> None:
+        _require(
+            self.ema == 0 or self.watch.best != "export",
+            'ema and watch.best = "export" both say which weights become the model.',
+            'set ema = 0, or watch.best = "keep"',
+        )
+        several = bool(self.parts) or self.accumulate > 1
+        _require(
+            not (self.parts and self.accumulate > 1),
+            "parts and accumulate both say what a step is made of.",
+            "leave accumulate out, or repeat a part",
+        )
+        _require(
+            not (several and (self.dynamic.on or self.refresh_every)),
+            "Hard negatives that change (dynamic, refresh_every) need one batch a step.",
+            "leave parts and accumulate out, or dynamic and refresh_every",
+        )
+        shares = [part.ranks for part in self.parts]
+        _require(
+            not any(shares) or all(shares),
+            f"parts have ranks = {shares}: some take turns and some do not.",
+            "give every part its ranks, or none",
+        )
+        _require(
+            not any(shares) or self.sharding == "replicate",
+            "Parts on ranks of their own need whole weights on each.",
+            'set sharding = "replicate", or let the parts take turns',
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

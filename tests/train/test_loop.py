@@ -143,7 +143,7 @@ def test_sigterm_leaves_a_checkpoint_and_75(
 ) -> None:
     encoder = make_encoder(dropout=0.1)
     settings = {**SETTINGS, "checkpoint_every": 1000}
-    real = one_step.compute
+    real = one_step.value_and_grad
     calls = 0
 
     def at_seven(*args: Any, **kwargs: Any) -> Any:
@@ -154,7 +154,7 @@ def test_sigterm_leaves_a_checkpoint_and_75(
         return real(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(one_step, "compute", at_seven)
+        patch.setattr(one_step, "value_and_grad", at_seven)
         handler = signal.getsignal(signal.SIGTERM)
         with pytest.raises(Preempted, match="after step 7 of 20") as caught:
             prefinetune(encoder, store, out=tmp_path / "run", **settings)

@@ -254,6 +254,7 @@ class Batches:
         start: int,
         stop: int,
         *,
+        stride: int = 1,
         threads: int = 1,
         before: Callable[[int], Array | None] | None = None,
     ) -> Iterator[Batch]:
@@ -262,7 +263,7 @@ class Batches:
         A batch is valid until the next one is taken. Closing the iterator stops the threads.
 
         Args:
-            start, stop: steps, counted from 0.
+            start, stop: steps, counted from 0. stride: from one to the next.
             threads: at least 1; at most ``threads + 1`` batches wait.
             before: called with each step in order, in the caller's thread, when its batch is about
                 to be assembled: after batch ``step - threads - 2`` was used, and no later than
@@ -272,7 +273,7 @@ class Batches:
         free: deque[Array] = deque(self.allocate(0) for _ in range(threads + 2))
         waiting: deque[Future[Batch]] = deque()
         pool = ThreadPoolExecutor(max_workers=threads, thread_name_prefix="embkit-data")
-        steps = iter(range(start, stop))
+        steps = iter(range(start, stop, stride))
 
         def submit() -> None:
             for step in steps:

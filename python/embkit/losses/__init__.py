@@ -3,6 +3,6 @@
 No maths here: rows, identity keys and masks go in, ``embkit.kernels`` is called.
 """
 
-from embkit.losses.tasks import Outcome, Sides, compute, explain
+from embkit.losses.tasks import Outcome, Sides, compute, explain, value_and_grad
 
-__all__ = ["Outcome", "Sides", "compute", "explain"]
+__all__ = ["Outcome", "Sides", "compute", "explain", "value_and_grad"]

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from embkit import kernels
 from embkit.recipe import Train
+
+if TYPE_CHECKING:
+    from embkit.train.parallel import Share
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +58,8 @@ def compute(
     *,
     dims: Sequence[int],
     config: Train,
+    share: Share | None = None,
+    in_batch: bool = True,
 ) -> Outcome:
     """The loss of one batch of one task.
 
@@ -63,6 +69,9 @@ def compute(
         sides: kind of the task, keys, masks, scores and weights.
         dims: MRL widths; their losses are added.
         config: temperature of InfoNCE, scale of CoSENT.
+        share: the ranks that have the batch between them; all arguments are of this rank's rows
+            then, and what is returned is its part of a sum over ranks.
+        in_batch: whether other rows' positives are negatives; False leaves hard negatives only.
     """
     device = embeddings.device
 
@@ -73,23 +82,95 @@ def compute(
 
     q_BD, p_BD = side(query), side(positive)
     if sides.kind == "sts":
-        scores = sides.score.to(device)
-        loss, per_dim = kernels.cosent((q_BD, p_BD), scores, dims, scale=config.cosent_scale)
-        return Outcome(loss=loss, per_dim=per_dim)
+        return _cosent(q_BD, p_BD, sides.score.to(device), dims, config, share)
     own = hard.shape[1] > 0
+    query_key, positive_key = sides.query_key.to(device), sides.positive_key.to(device)
+    weight = sides.weight.to(device)
+    options: dict[str, Any] = {}
+    if share is None:
+        options = {"passage_ids": positive_key, "row_weights": weight}
+        p_ND = p_BD
+    elif in_batch:
+        # Own rows against the passages of all ranks. Rows are weighed by the sum over ranks.
+        p_ND, keys, query_keys, weights, there = share.gather(p_BD, positive_key, query_key, weight)
+        places = torch.arange(share.start, share.start + len(q_BD), device=device)
+        options = {
+            "passage_ids": keys,
+            "passage_query_ids": query_keys,
+            "passage_mask": there,
+            "positive_index": places,
+            "row_weights": _shares(weight, weights.sum()),
+            "reduction": "sum",
+        }
+    else:  # a row's candidates are its own: nothing is gathered but the sum of the weights
+        p_ND = p_BD
+        total = share.ranks.sum(weight.sum())
+        options = {
+            "passage_ids": positive_key,
+            "row_weights": _shares(weight, total),
+            "reduction": "sum",
+        }
     loss, per_dim = kernels.infonce(
         q_BD,
-        p_BD,
+        p_ND,
         dims,
         hard=side(hard) if own else None,
-        query_ids=sides.query_key.to(device),
-        passage_ids=sides.positive_key.to(device),
+        query_ids=query_key,
         hard_ids=sides.hard_key.to(device) if own else None,
         hard_mask=sides.hard_mask.to(device) if own else None,
-        row_weights=sides.weight.to(device),
         temperature=config.temperature,
+        in_batch=in_batch,
+        **options,
     )
     return Outcome(loss=loss, per_dim=per_dim)
+
+
+def value_and_grad(
+    embeddings: torch.Tensor, *args: Any, **options: Any
+) -> tuple[Outcome, torch.Tensor]:
+    """The loss of a batch, detached, and its gradient by embedding [R, D].
+
+    Args:
+        embeddings: as for :func:`compute`, with or without a graph, which is not used.
+        *args, **options: as for :func:`compute`.
+    """
+    leaf = embeddings.detach().requires_grad_()
+    with torch.enable_grad():
+        out = compute(leaf, *args, **options)
+        (gradient,) = torch.autograd.grad(out.loss, leaf)
+    return Outcome(loss=out.loss.detach(), per_dim=out.per_dim.detach()), gradient
+
+
+def _cosent(
+    a_BD: torch.Tensor,
+    b_BD: torch.Tensor,
+    labels: torch.Tensor,
+    dims: Sequence[int],
+    config: Train,
+    share: Share | None,
+) -> Outcome:
+    if share is None:
+        loss, per_dim = kernels.cosent((a_BD, b_BD), labels, dims, scale=config.cosent_scale)
+        return Outcome(loss=loss, per_dim=per_dim)
+    # A cosine needs its own pair only: K numbers a pair go around, not embeddings. Every rank then
+    # has the whole loss and the gradient of its own cosines; empty places have no label.
+    ascending = sorted(dims)
+    cosine_BK = kernels.prefix_cosine(a_BD, b_BD, ascending).t()
+    all_NK, all_labels, there = share.gather_own(cosine_BK, labels)
+    all_labels = torch.where(there, all_labels, torch.nan)
+    loss, per_dim = kernels.cosent(all_NK.t(), all_labels, scale=config.cosent_scale)
+    order = torch.tensor([ascending.index(d) for d in dims], device=per_dim.device)
+    # The value is counted once over ranks; the gradient is this rank's own already.
+    world = share.ranks.world
+    return Outcome(
+        loss=loss - loss.detach() * (1 - 1 / world),
+        per_dim=per_dim.index_select(0, order) / world,
+    )
+
+
+def _shares(weight: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
+    """Weights over their sum; zeros when that is zero."""
+    return weight / torch.where(total > 0, total, 1)
 
 
 def explain(config: Train) -> str:

@@ -1,32 +1,75 @@
-"""A step's batch as torch tensors on the model's device."""
+"""A step's batches as torch tensors on the model's device: one, or several parts of one step."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from embkit.data.batches import Batch as Filled
 from embkit.data.batches import Batches
+from embkit.errors import UsageError
 from embkit.losses import Sides
+from embkit.train.parallel import Ranks, Share
+
+if TYPE_CHECKING:
+    from embkit.recipe import Train
 
 
 @dataclass(frozen=True, kw_only=True)
 class MicroBatch:
-    """Rows that go through the encoder together: ids, mask int64 [b, L], prompt_len int64 [b]."""
+    """Rows that go through the encoder together.
+
+    Attributes:
+        ids: int64 [b, L] padded, or [T] packed. prompt_len: int64 [b].
+        mask: int64 [b, L] when padded. cu_seqlens: int32 [b + 1] when packed.
+        longest: tokens of the longest row.
+    """
 
     ids: torch.Tensor
-    mask: torch.Tensor
     prompt_len: torch.Tensor
+    longest: int
+    mask: torch.Tensor | None = None
+    cu_seqlens: torch.Tensor | None = None
+
+    def embed(self, encoder: Any) -> torch.Tensor:
+        """Raw embeddings [b, D]."""
+        out: torch.Tensor
+        if self.cu_seqlens is not None:
+            out = encoder(
+                self.ids, prompt_len=self.prompt_len, cu_seqlens=self.cu_seqlens,
+                longest=self.longest,
+            )  # fmt: skip
+        else:
+            out = encoder(self.ids, self.mask, self.prompt_len)
+        return out
+
+    def flat(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Its tokens [T] without padding, and their number in each row [b]."""
+        if self.cu_seqlens is not None:
+            return self.ids, self.cu_seqlens.diff()
+        assert self.mask is not None
+        return self.ids[self.mask.bool()], self.mask.sum(1)
+
+    def cut(self) -> MicroBatch:
+        """Its first token alone: the least that a forward takes."""
+        first = self.prompt_len[:1].clamp(max=0)
+        if self.cu_seqlens is not None:
+            bounds = self.cu_seqlens[:2].clamp(max=1)
+            return replace(self, ids=self.ids[:1], cu_seqlens=bounds, prompt_len=first, longest=1)
+        assert self.mask is not None
+        return replace(
+            self, ids=self.ids[:1, :1], mask=self.mask[:1, :1], prompt_len=first, longest=1
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """One step's input, valid until the next is taken.
+    """One batch of a step, valid until the next step's is taken.
 
     Attributes:
         filled: the buffers and what the plan says of the step.
@@ -34,6 +77,10 @@ class Batch:
         micro: the encoder's input; their embeddings, one after another, are [R, D].
         query, positive: int64 [b], places of each side in those embeddings.
         hard: int64 [b, H].
+        share: the ranks that have it between them; None for one process.
+        weight: of its loss in the step's. in_batch: whether other rows' positives are negatives.
+        step: optimizer step, from 0. place: among the parts of a step.
+        others: the other parts that this process works on.
     """
 
     filled: Filled
@@ -42,9 +89,20 @@ class Batch:
     query: torch.Tensor
     positive: torch.Tensor
     hard: torch.Tensor
+    step: int
+    share: Share | None = None
+    weight: float = 1.0
+    in_batch: bool = True
+    place: int = 0
+    others: tuple[Batch, ...] = ()
+
+    @property
+    def task(self) -> str:
+        """Names of the parts' tasks, for a line of the log."""
+        return "+".join(part.filled.task for part in (self, *self.others))
 
     @classmethod
-    def of(cls, filled: Filled, device: torch.device) -> Batch:
+    def of(cls, filled: Filled, device: torch.device, **about: Any) -> Batch:
         """View the buffer as tensors; for a GPU one asynchronous copy moves the whole step."""
         buffer = torch.from_numpy(filled.buffer)
         if device.type != "cpu":
@@ -52,37 +110,178 @@ class Batch:
             filled.busy = torch.cuda.Event()
             filled.busy.record()
         view = partial(filled.view, buffer, dtype=partial(getattr, torch))
-        ids, mask, prompt_len = view("tokens"), view("mask"), view("prompt_len")
-        micro = [
-            MicroBatch(
-                ids=ids[m.tokens].reshape(-1, m.longest),
-                mask=mask[m.tokens].reshape(-1, m.longest),
-                prompt_len=prompt_len[m.rows],
-            )
-            for m in filled.micro
-        ]
+        ids, prompt_len = view("tokens"), view("prompt_len")
+        bounds = view("cu_seqlens") if "cu_seqlens" in filled.fields else None
+        mask = view("mask") if bounds is None else None
+        micro = []
+        for m in filled.micro:
+            parts: dict[str, Any] = {"prompt_len": prompt_len[m.rows], "longest": m.longest}
+            if mask is not None:
+                parts["ids"] = ids[m.tokens].reshape(-1, m.longest)
+                parts["mask"] = mask[m.tokens].reshape(-1, m.longest)
+            elif bounds is not None:
+                parts["ids"], parts["cu_seqlens"] = ids[m.tokens], bounds[m.bounds]
+            micro.append(MicroBatch(**parts))
         names = ("query_key", "positive_key", "hard_key", "hard_mask", "score", "weight")
         sides = Sides(kind=filled.kind, **{name: view(name) for name in names})
         places = {name: view(name) for name in ("query", "positive", "hard")}
-        return cls(filled=filled, sides=sides, micro=micro, **places)
+        return cls(filled=filled, sides=sides, micro=micro, **places, **about)
 
 
-def stream(
-    batches: Batches,
-    start: int,
-    stop: int,
-    *,
-    threads: int,
-    device: torch.device,
-    before: Callable[[int], Any] | None = None,
-) -> Iterator[Batch]:
-    """The batches of steps ``start`` to ``stop`` in order, assembled ahead by threads."""
-    ahead = batches.stream(start, stop, threads=threads, before=before)
-    try:
-        for filled in ahead:
-            yield Batch.of(filled, device)
-    finally:
-        ahead.close()  # type: ignore[attr-defined]
+@dataclass(frozen=True, kw_only=True)
+class _Stream:
+    """Where one part of every step comes from."""
+
+    batches: Batches
+    about: dict[str, Any]
+    start: int = 0
+    stride: int = 1
+
+
+class Steps:
+    """The batches of a run: one part a step, or several (``parts``, ``accumulate``).
+
+    Args:
+        store: of the run. config: its settings. ranks: all of the run.
+        **options: more for every :class:`embkit.data.Batches`.
+
+    Attributes:
+        several: whether a step has more than one part.
+        batches: of the first part; with one part, of the run.
+        examples, skipped: of all parts, as in :class:`embkit.data.Batches`.
+
+    Raises:
+        UsageError: a part that no rank works on, or ranks that are too many for a batch.
+    """
+
+    def __init__(self, store: Any, config: Train, ranks: Ranks, **options: Any) -> None:
+        parts = config.parts
+        self.several = bool(parts) or config.accumulate > 1
+        own, team = None, ranks
+        if parts and parts[0].ranks:
+            own, team = ranks.part([part.ranks for part in parts])
+            if ranks.world == 1:
+                own = None  # one process takes the parts in turn: the same sum
+        sizes = [part.batch_size for part in parts] or [config.batch_size]
+        for i, size in enumerate(sizes):
+            if own in (None, i) and size < team.world:
+                raise UsageError(
+                    f"A batch of {size} rows is fewer than {team.world} ranks.",
+                    where="batch_size",
+                    fix="give every rank at least one row",
+                )
+        settings: dict[str, Any] = {
+            "seed": config.seed,
+            "temperature": config.mixture_temperature,
+            "cap": config.mixture_cap,
+            "hard_rule": config.hard_rule,
+            "token_budget": config.token_budget,
+            "no_duplicates": config.no_duplicates,
+            "prompt_dropout": config.prompt_dropout,
+            "exhausted": config.exhausted,
+            "epochs": config.epochs,
+            "rank": team.rank,
+            "world_size": team.world,
+            **options,
+        }
+
+        def share(size: int) -> Share | None:
+            return None if ranks.world == 1 else Share(team, size)
+
+        self._all: list[_Stream] = []
+        if parts:
+            for i, part in enumerate(parts):
+                made = Batches(
+                    store, batch_size=part.batch_size, weights=part.tasks,
+                    hard_negatives=part.hard_negatives,
+                    **{**settings, **({} if own in (None, i) else {"rank": 0, "world_size": 1})},
+                )  # fmt: skip
+                about = {
+                    "weight": part.weight,
+                    "in_batch": part.in_batch,
+                    "place": i,
+                    "share": share(part.batch_size),
+                }
+                self._all.append(_Stream(batches=made, about=about))
+        else:
+            made = Batches(
+                store, batch_size=config.batch_size, weights=config.tasks,
+                hard_negatives=config.hard_negatives, **settings,
+            )  # fmt: skip
+            count = config.accumulate
+            for i in range(count):
+                about = {"weight": 1 / count, "place": i, "share": share(config.batch_size)}
+                self._all.append(_Stream(batches=made, about=about, start=i, stride=count))
+        self.count = len(self._all)
+        self._own = [s for i, s in enumerate(self._all) if own in (None, i)]
+        self._stride = self._all[0].stride
+        self.batches = self._all[0].batches
+
+    @property
+    def distinct(self) -> list[Batches]:
+        """Those of each part, once each."""
+        return [s.batches for s in self._all if s.start == 0]
+
+    @property
+    def examples(self) -> dict[str, int]:
+        """Usable examples of each task that is trained on."""
+        return {n: c for b in self.distinct for n, c in b.examples.items()}
+
+    @property
+    def skipped(self) -> dict[str, dict[str, int]]:
+        """Unusable examples by task and reason."""
+        return {n: c for b in self.distinct for n, c in b.skipped.items()}
+
+    @property
+    def steps(self) -> int | None:
+        """Steps until a part's mixture ends, None for never."""
+        ends = [b.plan.steps for b in self.distinct]
+        found = [end // self._stride for end in ends if end is not None]
+        return min(found) if found else None
+
+    def cursor(self, done: int) -> dict[str, int]:
+        """Batches that each task has given in ``done`` steps; with parts, ``"0/task"``."""
+        return {name: count for name, count, _ in self._counts(done)}
+
+    def epochs(self, done: int) -> dict[str, int]:
+        """Passes over each task that are complete after ``done`` steps."""
+        return {name: count // max(epoch, 1) for name, count, epoch in self._counts(done)}
+
+    def _counts(self, done: int) -> Iterator[tuple[str, int, int]]:
+        parts = self.distinct
+        for i, batches in enumerate(parts):
+            counts = batches.plan.count_before(done * self._stride)
+            for t, (name, count) in enumerate(zip(batches.names, counts, strict=True)):
+                label = name if len(parts) == 1 else f"{i}/{name}"
+                yield label, count, batches.plan.batches_per_epoch(t)
+
+    def stream(
+        self,
+        start: int,
+        stop: int,
+        *,
+        threads: int,
+        device: torch.device,
+        before: Callable[[int], Any] | None = None,
+    ) -> Iterator[Batch]:
+        """The batches of steps ``start`` to ``stop`` in order, assembled ahead by threads."""
+        ahead = [
+            s.batches.stream(
+                start * s.stride + s.start, stop * s.stride, stride=s.stride, threads=threads,
+                before=before,
+            )
+            for s in self._own
+        ]  # fmt: skip
+        try:
+            for filled in zip(*ahead, strict=True):
+                parts = [
+                    Batch.of(one, device, step=one.step // s.stride, **s.about)
+                    for one, s in zip(filled, self._own, strict=True)
+                ]
+                yield replace(parts[0], others=tuple(parts[1:])) if len(parts) > 1 else parts[0]
+        finally:
+            for one in ahead:
+                one.close()  # type: ignore[attr-defined]
 
 
 def allocator(device: torch.device) -> Any:

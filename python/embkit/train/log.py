@@ -82,9 +82,9 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 def save_failed_batch(folder: Path, batch: Batch) -> Path:
     """Write a batch for inspection: rows, keys, tokens; returns the file."""
     filled = batch.filled
-    path = folder / f"failed-step-{filled.step + 1:06d}.safetensors"
-    mask = [m.mask.bool().cpu() for m in batch.micro]
-    lengths = np.concatenate([m.sum(1).numpy() for m in mask])
+    path = folder / f"failed-step-{batch.step + 1:06d}.safetensors"
+    flat = [m.flat() for m in batch.micro]
+    lengths = np.concatenate([n.cpu().numpy() for _, n in flat])
     names = (
         "query", "positive", "hard", "query_key", "positive_key", "hard_key", "score", "weight",
     )  # fmt: skip
@@ -92,16 +92,14 @@ def save_failed_batch(folder: Path, batch: Batch) -> Path:
         path,
         {
             "rows": filled.rows,
-            "tokens": np.concatenate(
-                [m.ids.cpu()[k].numpy() for m, k in zip(batch.micro, mask, strict=True)]
-            ),
+            "tokens": np.concatenate([ids.cpu().numpy() for ids, _ in flat]),
             "offsets": np.concatenate([[0], np.cumsum(lengths)]).astype(np.uint64),
             "examples": filled.examples,
             "hard_mask": filled["hard_mask"].astype(np.uint8),
             **{name: filled[name] for name in names},
         },
         kind="embkit.batch",
-        metadata={"task": filled.task, "step": str(filled.step + 1)},
+        metadata={"task": filled.task, "step": str(batch.step + 1)},
     )
     return path
 

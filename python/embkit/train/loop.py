@@ -20,19 +20,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from embkit.data.batches import Batches
 from embkit.errors import EmbkitError, Preempted, UsageError, nearest
 from embkit.progress import Bar, bar
 from embkit.recipe import Train
 from embkit.stage import Stage, stage
 from embkit.train import checks
-from embkit.train.batches import Batch, allocator, stream
+from embkit.train.batches import Batch, Steps, allocator
 from embkit.train.callbacks import About, Callback, Callbacks
 from embkit.train.dynamic import split
 from embkit.train.evaluation import Evaluation
 from embkit.train.log import Log, save_failed_batch
 from embkit.train.negatives import Negatives
 from embkit.train.optim import Optimizer
+from embkit.train.parallel import Ranks
 from embkit.train.profile import Clock, Profile, Speed
 from embkit.train.refresh import Miner
 from embkit.train.reporters import reporters
@@ -47,7 +47,10 @@ if TYPE_CHECKING:
 
 # Settings that change what is seen or how fast, not one bit of the model.
 REFRESH = "refresh"  # folder of a run that is gone when it is published
-_FREE = ("data_threads", "log_every", "checkpoint_every", "keep_checkpoints", "watch")
+_FREE = (
+    "data_threads", "log_every", "checkpoint_every", "keep_checkpoints", "watch", "graph_memory",
+    "sharding", "shard_ranks", "cpu_offload", "rank_timeout",
+)  # fmt: skip
 
 
 def prefinetune(
@@ -165,6 +168,7 @@ def train(
         with deterministic(), bar(name.capitalize(), total=config.steps, unit="steps") as progress:
             run.all(name, progress)
         shutil.rmtree(work.dir / REFRESH, ignore_errors=True)
+        run.optimizer.adopt_average()
         run.encoder.finish()
         export(run.encoder, work.dir / "model", name=Path(out).name)
         work.publish(
@@ -172,9 +176,9 @@ def train(
                 "steps": config.steps,
                 "tasks": [
                     {"name": name, "kind": store.task(name)["kind"], "examples": count}
-                    for name, count in run.batches.examples.items()
+                    for name, count in run.steps.examples.items()
                 ],
-                "skipped": run.batches.skipped,
+                "skipped": run.steps.skipped,
                 "init_sha256": run.state.init_sha256,
                 "model_digest": run.encoder.digest(),
             }
@@ -198,40 +202,25 @@ class _Run:
         self.encoder, self.config, self.work = encoder, config, work
         self.store, self.folder, self.callbacks = store, work.dir, callbacks
         self.about = checks.identity(work.digest, _decisive(config), encoder, store)
-        self.batches = Batches(
-            store,
-            batch_size=config.batch_size,
-            seed=config.seed,
-            weights=config.tasks,
-            temperature=config.mixture_temperature,
-            cap=config.mixture_cap,
-            hard_negatives=config.hard_negatives,
-            hard_rule=config.hard_rule,
-            negatives=negatives,
-            token_budget=config.token_budget,
-            layout="padded",
-            pad_id=encoder.tokenizer.pad_id,
-            no_duplicates=config.no_duplicates,
-            prompt_dropout=config.prompt_dropout,
-            exhausted=config.exhausted,
-            epochs=config.epochs,
-            allocate=allocator(encoder.device),
-        )
-        self.plan = self.batches.plan
-        if self.plan.steps is not None and config.steps > self.plan.steps:
+        self.steps = Steps(
+            store, config, Ranks(), negatives=negatives, layout="padded",
+            pad_id=encoder.tokenizer.pad_id, allocate=allocator(encoder.device),
+        )  # fmt: skip
+        end = self.steps.steps
+        if end is not None and config.steps > end:
             raise UsageError(
-                f"The mixture ends after {self.plan.steps} steps, {config.steps} are asked for.",
+                f"The mixture ends after {end} steps, {config.steps} are asked for.",
                 where="steps",
-                fix=f'set steps = {self.plan.steps}, more epochs, or exhausted = "repeat"',
+                fix=f'set steps = {end}, more epochs, or exhausted = "repeat"',
             )
         self.optimizer = Optimizer(encoder, config)
-        self.step = Step(encoder, config, self.optimizer)
+        self.step = Step(encoder, config, self.optimizer, parts=self.steps.count)
         self.profile = Profile()
         self.evaluation = Evaluation(config.watch)
         self.log = Log(self.folder / "log.jsonl")
         self.state = State(
             self.folder, self.about, encoder=encoder, optimizer=self.optimizer,
-            batches=self.batches, config=config, evaluation=self.evaluation, log=self.log,
+            batches=self.steps, config=config, evaluation=self.evaluation, log=self.log,
             profile=self.profile,
         )  # fmt: skip
         self.given, self.miner = negatives, miner
@@ -262,8 +251,8 @@ class _Run:
                     steps=steps,
                 )  # fmt: skip
             )
-            ahead = stream(
-                self.batches, start, steps, device=self.encoder.device,
+            ahead = self.steps.stream(
+                start, steps, device=self.encoder.device,
                 threads=negatives.threads(self.config.data_threads),
                 before=negatives.before if negatives.on else None,
             )  # fmt: skip
@@ -273,7 +262,7 @@ class _Run:
                     began = time.perf_counter()
                     self.profile.wait += began - mark
                     shown = self._step(batch)
-                    done = self.done = batch.filled.step + 1
+                    done = self.done = batch.step + 1
                     negatives.updated(done, self.encoder)
                     if stop.requested and done < steps:
                         self._preempt()
@@ -316,12 +305,12 @@ class _Run:
     def _step(self, batch: Batch) -> float:
         """One step, its evaluation and its log line; returns the loss."""
         clock = Clock(self.profile)
-        step = batch.filled.step + 1
+        step = batch.step + 1
         done = self.step.run(batch, clock)
         self._check(batch, done)
         more = dict(self.negatives.after(batch, done.embeddings))
         clock.lap("negatives")
-        self.speed.count(batch.filled)
+        self.speed.count(batch)
         clock.lap("other")
         speed, scores = self.speed.now(), None
         if self.evaluation.due(step, self.config.steps):
@@ -339,12 +328,12 @@ class _Run:
 
     def _check(self, batch: Batch, done: Done) -> None:
         """A loss or gradient that is no number, or a loss that has jumped, ends the run."""
-        step = batch.filled.step + 1
+        step = batch.step + 1
         if not math.isfinite(done.loss):
             self._fail(batch, f"The loss of step {step} is {done.loss}.")
-        if not math.isfinite(done.norm):
+        if not math.isfinite(done.norm) and not done.skipped:
             self._fail(batch, f"The gradient norm of step {step} is {done.norm}.")
-        limit = self.spikes.limit(batch.filled.task)
+        limit = self.spikes.limit(batch.task)
         if limit is not None and done.loss > limit:
             self._fail(
                 batch,
@@ -357,17 +346,18 @@ class _Run:
         """One line a step, without times: the log of two equal runs is equal byte for byte."""
         filled = batch.filled
         return {
-            "step": filled.step + 1,
-            "task": filled.task,
+            "step": batch.step + 1,
+            "task": batch.task,
             "epoch": filled.epoch,
             "loss": done.loss,
             "loss_hex": done.loss.hex(),
             "loss_per_dim": dict(zip(map(str, self.encoder.dims), done.per_dim, strict=True)),
             "lr": done.rate,
-            "grad_norm": done.norm,
-            "tokens": filled.tokens,
-            "padded": filled.padded,
-            "rows": len(filled.rows),
+            "grad_norm": None if done.skipped else done.norm,
+            "tokens": done.tokens,
+            "padded": done.padded,
+            "rows": done.rows,
+            **done.more,
             **more,
         }
 
@@ -389,7 +379,7 @@ class _Run:
 
     def _open_negatives(self) -> None:
         self.negatives = Negatives(
-            self.config, self.batches, given=self.given, miner=self.miner,
+            self.config, self.steps.batches, given=self.given, miner=self.miner,
             folder=self.folder / REFRESH, threads=self.state.threads, profile=self.profile,
         )  # fmt: skip
 
@@ -397,7 +387,7 @@ class _Run:
         path = save_failed_batch(self.folder, batch)
         raise EmbkitError(
             what,
-            where=f"task {batch.filled.task}; its batch is in {path}",
+            where=f"task {batch.task}; its batch is in {path}",
             fix="look at that batch; a lower lr, a longer warm-up or a higher temperature helps "
             f"when the data is sound{';' + more if more else ''}",
         )

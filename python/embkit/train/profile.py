@@ -12,7 +12,8 @@ import numpy as np
 if TYPE_CHECKING:
     import torch
 
-    from embkit.data.batches import Batch
+    from embkit.data.batches import Batch as Filled
+    from embkit.train.batches import Batch
     from embkit.model import Encoder
 
 
@@ -78,11 +79,12 @@ class Speed:
 
     def count(self, batch: Batch) -> None:
         """Add the work of a step to the profile."""
-        n = lengths(batch)
         self.profile.steps += 1
-        self.profile.tokens += batch.tokens
-        self.profile.padded += batch.padded
-        self.profile.flops += self.linear * batch.tokens + self.pair * float((n * n).sum())
+        for part in (batch.filled, *(other.filled for other in batch.others)):
+            n = lengths(part)
+            self.profile.tokens += part.tokens
+            self.profile.padded += part.padded
+            self.profile.flops += self.linear * part.tokens + self.pair * float((n * n).sum())
 
     def now(self) -> dict[str, float]:
         """Speed since the last call: ``seconds``, ``tokens_per_s``, ``wait``, ``mfu``."""
@@ -149,7 +151,7 @@ def _measured(device: str, threads: int) -> float:
     return best
 
 
-def lengths(batch: Batch) -> np.ndarray[Any, np.dtype[np.float64]]:
+def lengths(batch: Filled) -> np.ndarray[Any, np.dtype[np.float64]]:
     """Tokens of each row of a batch, float64 [R]."""
     if "mask" in batch.fields:
         parts = [batch.rectangle(m)[1].sum(1) for m in batch.micro]

@@ -14,9 +14,9 @@ from embkit.train import checkpoint, checks
 from embkit.train.checkpoint import Checkpoint, Saver
 
 if TYPE_CHECKING:
-    from embkit.data.batches import Batches
     from embkit.model import Encoder
     from embkit.recipe import Train
+    from embkit.train.batches import Steps
     from embkit.train.evaluation import Evaluation
     from embkit.train.log import Log
     from embkit.train.negatives import Negatives
@@ -43,7 +43,7 @@ class State:
         *,
         encoder: Encoder,
         optimizer: Optimizer,
-        batches: Batches,
+        batches: Steps,
         config: Train,
         evaluation: Evaluation,
         log: Log,
@@ -68,11 +68,6 @@ class State:
         self.log.sync()
         optimizer, count = self.optimizer.tensors()
         optimizer.update(negatives.tensors(done))
-        cursor = self._cursor(done)
-        epochs = {
-            name: cursor[name] // max(self.batches.plan.batches_per_epoch(i), 1)
-            for i, name in enumerate(self.batches.names)
-        }
         path = self.saver.save(
             step=done,
             model=self.encoder.state_dict(),
@@ -82,8 +77,8 @@ class State:
                 **self.about,
                 "init_sha256": self.init_sha256,
                 "seed": self.config.seed,
-                "cursor": cursor,
-                "epoch": epochs,
+                "cursor": self.batches.cursor(done),
+                "epoch": self.batches.epochs(done),
                 "optimizer_steps": count,
                 "torch_threads": self.threads,
                 "torch": torch.__version__.partition("+")[0],
@@ -115,7 +110,9 @@ class State:
                 best=checkpoint.best_of(found.state),
             )  # fmt: skip
         state = found.state
-        checks.checkpoint_fits(found, {**self.about, "cursor": self._cursor(int(state["step"]))})
+        checks.checkpoint_fits(
+            found, {**self.about, "cursor": self.batches.cursor(int(state["step"]))}
+        )
         self.encoder.load_state_dict(dict(found.model))
         self._restore_generators(found)
         moments = {
@@ -137,10 +134,6 @@ class State:
             found = checkpoint.load(self.saver.folder / checkpoint.name_of(best["step"]))
             self.encoder.load_state_dict(dict(found.model))
             self.encoder.begin_step(best["step"] - 1)
-
-    def _cursor(self, done: int) -> dict[str, int]:
-        counts = self.batches.plan.count_before(done)
-        return dict(zip(self.batches.names, counts, strict=True))
 
     def _generators(self) -> dict[str, torch.Tensor]:
         """States of the random generators of this rank, which dropout draws from."""

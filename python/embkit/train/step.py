@@ -1,21 +1,33 @@
-"""One step: forward, loss, backward, update. What is around it (data, log, state) is the loop's."""
+"""One step: forward, loss, backward, update. What is around it (data, log, state) is the loop's.
+
+A step has one batch, or several parts whose weighted losses are added. The encoder runs in
+micro-batches (GradCache where their graphs do not fit), the loss is taken once over the whole
+batch, over all ranks that share it, and one update follows the sum of all gradients.
+"""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from embkit.losses import compute
+from embkit.losses import value_and_grad
+from embkit.train.gradcache import Chunks, graph_bytes, kept_graphs, seed_of
 from embkit.train.optim import Optimizer, learning_rate
+from embkit.train.parallel import Ranks
+from embkit.train.sharding import Replicas, Shards
 
 if TYPE_CHECKING:
     from embkit.model import Encoder
     from embkit.recipe import Train
-    from embkit.train.batches import Batch
+    from embkit.train.batches import Batch, MicroBatch
     from embkit.train.profile import Clock
+
+_HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_COUNTS = ("tokens", "padded", "rows")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,10 +35,15 @@ class Done:
     """What a step gives; the weights are updated when ``loss`` and ``norm`` are finite.
 
     Attributes:
-        loss: of the global batch. per_dim: the same by MRL width, in the order of the widths.
+        loss: of the step over all ranks, parts weighted. per_dim: the same by MRL width, in the
+            order of the widths.
         norm: of the gradients before clipping; NaN when ``loss`` was no finite number.
         rate: learning rate of the update.
-        embeddings: raw [R, D], detached, one per distinct row of this process's part of the batch.
+        embeddings: raw [R, D], detached, one per distinct row of this process's (first) batch.
+        tokens, padded, rows: of the step over all ranks.
+        skipped: fp16 overflowed: no update, and the next step has half the scale.
+        more: for the log: ``parts``, their losses before they are weighted, when there are several;
+            ``loss_scale`` of fp16.
     """
 
     loss: float
@@ -34,40 +51,147 @@ class Done:
     norm: float
     rate: float
     embeddings: torch.Tensor
+    tokens: int
+    padded: int
+    rows: int
+    skipped: bool = False
+    more: dict[str, Any] = field(default_factory=dict)
 
 
 class Step:
-    """Trains an encoder on one batch at a time.
+    """Trains an encoder on one step's batches at a time.
 
     Args:
-        encoder: in training mode. optimizer: of its parameters. config: settings of the run.
+        encoder: in training mode. config: settings of the run. optimizer: of its parameters.
+        ranks: of the run. weights: where they are on those, from :func:`embkit.train.sharding.
+            spread`; copies by default.
+        parts: of a step, on all ranks together.
     """
 
-    def __init__(self, encoder: Encoder, config: Train, optimizer: Optimizer) -> None:
-        self.encoder, self.config, self.optimizer = encoder, config, optimizer
+    def __init__(
+        self,
+        encoder: Encoder,
+        config: Train,
+        optimizer: Optimizer,
+        *,
+        ranks: Ranks | None = None,
+        weights: Replicas | Shards | None = None,
+        parts: int = 1,
+    ) -> None:
+        self.encoder, self.config, self.optimizer, self.parts = encoder, config, optimizer, parts
+        self.ranks = ranks or Ranks()
+        self.weights = weights or Replicas(optimizer.parameters, self.ranks)
+        self._model: Any = encoder
+        if config.compile:
+            # Its own random numbers would differ between the passes with and without a graph.
+            self._model = torch.compile(encoder, dynamic=True, options={"fallback_random": True})
+        self._token_bytes = graph_bytes(encoder.backbone.config)
 
     def run(self, batch: Batch, clock: Clock) -> Done:
-        """Forward, loss, backward, update; ``clock`` gets a lap for each."""
-        self.encoder.begin_step(batch.filled.step)
-        parts = [self.encoder(m.ids, m.mask, m.prompt_len) for m in batch.micro]
-        e_RD = torch.cat(parts) if len(parts) > 1 else parts[0]
-        clock.lap("forward")
-        out = compute(
-            e_RD, batch.query, batch.positive, batch.hard, batch.sides,
-            dims=self.encoder.dims, config=self.config,
-        )  # fmt: skip
-        loss, norm = float(out.loss.detach()), math.nan
-        rate = learning_rate(self.config, batch.filled.step)
-        clock.lap("loss")
-        if math.isfinite(loss):
-            out.loss.backward()
-            clock.lap("backward")
+        """Forward, loss, backward, update; ``clock`` gets laps of each.
+
+        Raises:
+            EmbkitError: another rank did not answer.
+        """
+        self.encoder.begin_step(batch.step)
+        local = (batch, *batch.others)
+        widths = len(self.encoder.dims)
+        # Of each part its loss and those of its widths, then the counts: summed over ranks once.
+        report = torch.zeros(self.parts * (1 + widths) + len(_COUNTS), dtype=torch.float64)
+        values, first = [], None
+        for part in local:
+            e_RD, *found = self._part(part, clock, last=part is local[-1])
+            values.append((part, found))
+            first = e_RD if first is None else first
+        assert first is not None
+        self.weights.finish()
+        clock.lap("backward")
+        # Values are read once all work is queued: a GPU is not waited for before.
+        for part, (loss, per_dim) in values:
+            at = part.place * (1 + widths)
+            report[at] = loss.double()
+            report[at + 1 : at + 1 + widths] = per_dim.double()
+            counts = (part.filled.tokens, part.filled.padded, len(part.filled.rows))
+            report[-len(_COUNTS) :] += torch.tensor(counts, dtype=torch.float64)
+        report = self.ranks.sum(report.to(self.ranks.device())).cpu()
+        *numbers, tokens, padded, rows = report.tolist()
+        each = [numbers[i : i + 1 + widths] for i in range(0, len(numbers), 1 + widths)]
+        by_place = self._weights(local)
+        totals = [
+            sum(w * one[i] for w, one in zip(by_place, each, strict=True))
+            for i in range(1 + widths)
+        ]
+        rate = learning_rate(self.config, batch.step)
+        norm, skipped, scale = math.nan, False, self.optimizer.scale
+        if math.isfinite(totals[0]):
             norm = self.optimizer.step(rate)
+            skipped = self.optimizer.scaled and not math.isfinite(norm)
+        else:
+            self.optimizer.clear()
+        more: dict[str, Any] = {}
+        if self.parts > 1:
+            more["parts"] = [{"loss": one[0], "loss_per_dim": one[1:]} for one in each]
+        if self.optimizer.scaled:
+            more["loss_scale"] = scale
         clock.lap("optimizer")
         return Done(
-            loss=loss,
-            per_dim=out.per_dim.detach().tolist(),
+            loss=totals[0],
+            per_dim=totals[1:],
             norm=norm,
             rate=rate,
-            embeddings=e_RD.detach(),
+            embeddings=first,
+            tokens=int(tokens),
+            padded=int(padded),
+            rows=int(rows),
+            skipped=skipped,
+            more=more,
         )
+
+    def _part(self, batch: Batch, clock: Clock, *, last: bool) -> tuple[torch.Tensor, ...]:
+        """Forward, loss and backward of one batch: embeddings, its loss, that of each width."""
+        sharded, filled = self.weights.sharded, batch.filled
+        rank = 0 if batch.share is None else batch.share.ranks.rank
+        if sharded:
+            # Ranks meet in every forward and backward, and must forget the same graphs.
+            empty, keep = filled.micro_count - len(batch.micro), 1
+        else:
+            sizes = [m.ids.numel() for m in batch.micro]
+            budget = self.config.graph_memory * 2**30
+            empty, keep = 0, kept_graphs(sizes, self._token_bytes, budget)
+        chunks = Chunks(
+            self._forward,
+            batch.micro,
+            seed=seed_of(self.config.seed, filled.step, batch.place, rank),
+            keep=keep,
+            around=self._precision,
+            empty=empty,
+        )
+        e_RD = chunks.forward()
+        clock.lap("forward")
+        out, gradient = value_and_grad(
+            e_RD, batch.query, batch.positive, batch.hard, batch.sides,
+            dims=self.encoder.dims, config=self.config, share=batch.share,
+            in_batch=batch.in_batch,
+        )  # fmt: skip
+        factor = batch.weight * self.optimizer.scale
+        if factor != 1:
+            gradient.mul_(factor)
+        clock.lap("loss")
+        chunks.backward(gradient, before_last=self.weights.arm if last else None)
+        clock.lap("backward")
+        return e_RD, out.loss, out.per_dim
+
+    def _forward(self, micro: MicroBatch) -> torch.Tensor:
+        return micro.embed(self._model)
+
+    def _precision(self) -> AbstractContextManager[Any]:
+        kind = _HALF.get(self.config.precision)
+        if kind is None or self.weights.sharded:  # FSDP2 casts by itself
+            return nullcontext()
+        return torch.autocast(self.encoder.device.type, dtype=kind)
+
+    def _weights(self, local: tuple[Batch, ...]) -> list[float]:
+        """Of every part, those of other ranks too."""
+        if self.config.parts:
+            return [part.weight for part in self.config.parts]
+        return [local[0].weight] * self.parts

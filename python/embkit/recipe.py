@@ -372,7 +372,7 @@ class Train:
         batch_size: rows of a global batch.
         temperature: of InfoNCE; cosines are divided by it.
         lr: peak learning rate of AdamW. warmup_ratio: share of the steps that warm up linearly;
-            warmup_steps: their number instead.
+            warmup_steps: their number instead, unless 0.
         schedule: after the warm-up: cosine or linear, down to lr * min_lr_ratio; constant; or wsd,
             constant until the last decay_ratio of the steps, and linear there.
         weight_decay: decoupled, on matrices only. clip_norm: global gradient norm.
@@ -419,7 +419,7 @@ class Train:
     temperature: float = 0.02
     lr: float = 5e-4
     warmup_ratio: float = 0.1
-    warmup_steps: int | None = None
+    warmup_steps: int = 0
     decay_ratio: float = 0.2
     schedule: str = "cosine"
     min_lr_ratio: float = 0.0
@@ -501,7 +501,7 @@ class Train:
         for name in ("ema", "decay_ratio", "graph_memory", "warmup_steps"):
             value = getattr(self, name)
             _require(
-                value is None or value >= 0,
+                value >= 0,
                 f"{name} = {value} is negative.",
                 "give a number of at least 0",
             )

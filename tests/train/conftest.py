@@ -190,18 +190,34 @@ def ranked(store: Store, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return model / "mined"
 
 
+@pytest.fixture(scope="session")
+def skewed(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """60 examples of each task: copies among the texts, and every ninth text four times as long."""
+    texts, tables = texts_and_tables(7, 60)
+    texts = [" ".join([t] * (4 if i % 9 == 0 else 1)) for i, t in enumerate(texts)]
+    cluster = np.random.default_rng(7).integers(0, len(texts) // 6, len(texts)).astype(np.uint64)
+    return write_store(tmp_path_factory.mktemp("skewed") / "store", texts, tables, cluster=cluster)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a tiny encoder for the tiny stores."""
+    return tiny_encoder().export(tmp_path_factory.mktemp("tiny") / "model")
+
+
+def tiny_encoder(**settings: Any) -> Encoder:
+    """Settings of recipe.Model by name."""
+    sizes: dict[str, Any] = {
+        "hidden": 32, "layers": 2, "heads": 2, "intermediate": 64, "dims": (32, 16, 8),
+    }  # fmt: skip
+    return Encoder.from_config(
+        Model(**{**sizes, **settings}),
+        tiny_tokenizer(),
+        max_length={"query": 32, "passage": 32},
+    )
+
+
 @pytest.fixture
 def make_encoder() -> Callable[..., Encoder]:
     """Makes a tiny encoder for the tiny store; settings of recipe.Model by name."""
-
-    def make(**settings: Any) -> Encoder:
-        sizes: dict[str, Any] = {
-            "hidden": 32, "layers": 2, "heads": 2, "intermediate": 64, "dims": (32, 16, 8),
-        }  # fmt: skip
-        return Encoder.from_config(
-            Model(**{**sizes, **settings}),
-            tiny_tokenizer(),
-            max_length={"query": 32, "passage": 32},
-        )
-
-    return make
+    return tiny_encoder

@@ -4,15 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 
 from embkit import kernels
 from embkit.recipe import Train
 
-if TYPE_CHECKING:
-    from embkit.train.parallel import Share
+
+class Share(Protocol):
+    """A global batch among ranks: :class:`embkit.train.parallel.Share`."""
+
+    start: int
+    world: int
+
+    def gather(self, x: torch.Tensor, *columns: torch.Tensor) -> list[torch.Tensor]:
+        """Rows of every rank, differentiable; then, bool, whether a place has one."""
+
+    def gather_own(self, x: torch.Tensor, *columns: torch.Tensor) -> list[torch.Tensor]:
+        """The same with a gradient for own rows only."""
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """Over ranks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +117,7 @@ def compute(
         }
     else:  # a row's candidates are its own: nothing is gathered but the sum of the weights
         p_ND = p_BD
-        total = share.ranks.sum(weight.sum())
+        total = share.sum(weight.sum())
         options = {
             "passage_ids": positive_key,
             "row_weights": _shares(weight, total),
@@ -161,10 +174,9 @@ def _cosent(
     loss, per_dim = kernels.cosent(all_NK.t(), all_labels, scale=config.cosent_scale)
     order = torch.tensor([ascending.index(d) for d in dims], device=per_dim.device)
     # The value is counted once over ranks; the gradient is this rank's own already.
-    world = share.ranks.world
     return Outcome(
-        loss=loss - loss.detach() * (1 - 1 / world),
-        per_dim=per_dim.index_select(0, order) / world,
+        loss=loss - loss.detach() * (1 - 1 / share.world),
+        per_dim=per_dim.index_select(0, order) / share.world,
     )
 
 

@@ -19,9 +19,7 @@ _SCALE, _GROW = 2.0**16, 2000  # of fp16: the first factor, and good steps until
 
 def warmup_steps(config: Train) -> int:
     """Steps of the warm-up."""
-    if config.warmup_steps is not None:
-        return config.warmup_steps
-    return math.ceil(config.warmup_ratio * config.steps)
+    return config.warmup_steps or math.ceil(config.warmup_ratio * config.steps)
 
 
 def learning_rate(config: Train, step: int) -> float:

@@ -101,19 +101,19 @@ class Ranks:
     def part(self, counts: Sequence[int]) -> tuple[int, Ranks]:
         """Split the ranks into sets of the given sizes; the number of this rank's set, and the set.
 
-        Every rank calls this, in the same order as the others.
+        Every rank calls this, in the same order as the others. A process alone is set 0.
 
         Raises:
             UsageError: the sizes do not add up to the number of ranks.
         """
+        if self.group is None:
+            return 0, self
         if sum(counts) != self.world or min(counts) < 1:
             raise UsageError(
                 f"Sets of {list(counts)} ranks are {sum(counts)} ranks; this run has {self.world}.",
                 where="parts",
                 fix="start as many processes, or leave ranks out: then parts take turns",
             )
-        if self.group is None:
-            return 0, self
         own, start, everyone = (0, self), 0, dist.get_process_group_ranks(self.group)
         for number, count in enumerate(counts):
             group = dist.new_group(
@@ -147,11 +147,11 @@ class Share:
         ranks: that share it. batch_size: its rows; each rank has ``ceil`` or ``floor`` of its part.
 
     Attributes:
-        rows: places of each rank in what is gathered. start: of this rank's first.
+        world: ranks. rows: places of each in what is gathered. start: of this rank's first.
     """
 
     def __init__(self, ranks: Ranks, batch_size: int) -> None:
-        self.ranks, self.batch_size = ranks, batch_size
+        self.ranks, self.world, self.batch_size = ranks, ranks.world, batch_size
         self.rows = -(-batch_size // ranks.world)
         self.start = ranks.rank * self.rows
 
@@ -167,6 +167,10 @@ class Share:
         """
         wide = x.float() if x.dtype in _HALF else x
         return list(_Gather.apply(wide, self, *columns))
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum over the ranks, in place."""
+        return self.ranks.sum(values)
 
     def gather_own(self, x: torch.Tensor, *columns: torch.Tensor) -> list[torch.Tensor]:
         """As :meth:`gather` for a loss that every rank computes whole: only own rows have a

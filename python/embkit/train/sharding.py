@@ -154,7 +154,8 @@ def spread(encoder: Encoder, config: Train, ranks: Ranks) -> Replicas | Shards:
                 where="shard_ranks",
                 fix="give a divisor of the number of ranks, such as the GPUs of one machine",
             )
-    mesh = init_device_mesh(encoder.device.type, shape)
+    names = ("copy", "shard")[-len(shape) :]
+    mesh = init_device_mesh(encoder.device.type, shape, mesh_dim_names=names)
     options: dict[str, Any] = {"mesh": mesh}
     kind = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.precision)
     if kind is not None:
@@ -167,6 +168,7 @@ def spread(encoder: Encoder, config: Train, ranks: Ranks) -> Replicas | Shards:
     for module in encoder.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)  # sums, as everywhere here
+            module.set_force_sum_reduction_for_comms(True)  # plain ones: gloo has no others
     return Shards(encoder)
 
 

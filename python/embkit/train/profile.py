@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     import torch
 
     from embkit.data.batches import Batch as Filled
-    from embkit.train.batches import Batch
     from embkit.model import Encoder
+    from embkit.train.batches import Batch
 
 
 @dataclass

@@ -20,7 +20,7 @@ import pytest
 from embkit import container, data
 from embkit.data import embeddings
 from embkit.errors import CorruptError, UsageError
-from embkit.mine import candidates_of, explain, load_negatives, mine
+from embkit.mine import candidates_of, explain, load_negatives, mine, miner
 from embkit.model import Encoder
 from embkit.recipe import Model
 
@@ -337,12 +337,9 @@ def test_kills_and_block_sizes_do_not_show(
             except FileNotFoundError:
                 return 0
 
-        # A block has 64 queries or a few more, as memory says; sizes change from try to try.
-        memory = rng.choice([1, 120_000, 150_000])
+        monkeypatch.setattr(miner, "MOST", rng.choice([64, 70, 90]))  # it changes from try to try
         killed = killing.attempt(
-            lambda memory=memory: mine(  # type: ignore[misc]
-                None, store, embeddings=vectors, out=out, memory=memory, **RULES
-            ),
+            lambda: mine(None, store, embeddings=vectors, out=out, **RULES),
             lambda target=target: blocks() >= target,  # type: ignore[misc]
             rng,
             jitter=0.01,
@@ -352,7 +349,8 @@ def test_kills_and_block_sizes_do_not_show(
         else:
             assert files(out) == want
             shutil.rmtree(out)
-    mine(None, store, embeddings=vectors, out=out, memory=1, **RULES)
+    monkeypatch.setattr(miner, "MOST", 64)
+    mine(None, store, embeddings=vectors, out=out, **RULES)
     assert files(out) == want
     assert sum(landed.values()) >= 6 and len(landed) >= 3, f"kills landed after blocks {landed}"
 

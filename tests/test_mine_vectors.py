@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from embkit.errors import UsageError
-from embkit.mine import Negatives, Rules, mine_vectors
+from embkit.mine import Negatives, Rules, mine_vectors, miner
 
 WORDS = [
     "red",
@@ -129,12 +129,15 @@ def test_negatives_equal_a_naive_miner(settings: dict[str, Any]) -> None:
         )  # fmt: skip
 
 
-def test_the_result_does_not_depend_on_copies_blocks_or_threads() -> None:
+def test_the_result_does_not_depend_on_copies_blocks_or_threads(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     given = Given(1)
     want = given.mine(k=6)
     assert want.audit["short_queries"] > 0  # k is larger than what survives somewhere
-    small = given.mine(k=6, memory=1, threads=1)  # blocks of 64 at the least
     many = given.mine(k=6, threads=7)
+    monkeypatch.setattr(miner, "MOST", 13)
+    small = given.mine(k=6, threads=1)
     for other in (small, many):
         for name in ("offsets", "row", "score", "rank"):
             assert np.array_equal(getattr(other, name), getattr(want, name))
@@ -147,7 +150,7 @@ def test_the_result_does_not_depend_on_copies_blocks_or_threads() -> None:
     assert again.audit["repeat"] > want.audit["repeat"]
 
 
-def test_an_approximate_search_is_the_same_in_every_block() -> None:
+def test_an_approximate_search_is_the_same_in_every_block(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(0)
     centres = unit(rng, 60, 16)
     corpus = centres[rng.integers(0, 60, 6000)] + 0.1 * unit(rng, 6000, 16)
@@ -157,7 +160,8 @@ def test_an_approximate_search_is_the_same_in_every_block() -> None:
     settings: dict[str, Any] = {"near_duplicate": None, "engine": "ivf", "recall": 0.9, "k": 5}
     want = mine_vectors(queries, corpus, positives, **settings)
     assert want.report["engine"] == "ivf" and want.report["recall"] >= 0.9
-    for memory in (1, 1 << 18):
+    for most, memory in ((64, 0), (350, 40 << 20)):
+        monkeypatch.setattr(miner, "MOST", most)
         found = mine_vectors(queries, corpus, positives, memory=memory, threads=2, **settings)
         for name in ("offsets", "row", "score", "rank"):
             assert np.array_equal(getattr(found, name), getattr(want, name))

@@ -8,6 +8,7 @@ for; ``torch`` is exact on a CUDA device, its scores the same up to the rounding
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -196,6 +197,19 @@ class Searcher:
             )  # fmt: skip
             self.report = {"engine": "exact", "recall": 1.0}
         return Found(row=row, score=score, report=dict(self.report))
+
+    def bytes_kept(self) -> int:
+        """Memory that the engine holds whatever ``memory`` says: the lists of ``"ivf"``."""
+        n, d = sum(map(len, self.corpus)), self.corpus[0].shape[1]
+        return n * (d + 64 + 24) + int(1.5 * n**0.5) * 12 * d if self.engine == "ivf" else 0
+
+    def bytes_least(self) -> int:
+        """Memory that a search takes at the least, beside the vectors and its result."""
+        threads, d = self.threads or os.cpu_count() or 1, self.corpus[0].shape[1]
+        each = 0  # of a query in a thread's block: candidates, and lists to visit
+        if self.engine == "ivf":
+            each = 64 * self.k + 12 * int(1.5 * sum(map(len, self.corpus)) ** 0.5)
+        return (2 << 20) + 2 * 4096 * d + threads * ((1 << 20) + 1024 * each)
 
     def _choose(self) -> str:
         torch = sys.modules.get("torch")

@@ -13,6 +13,7 @@ from embkit import _rust
 from embkit.data.tables import Array, Shard, offsets_of, owners
 from embkit.errors import UsageError
 from embkit.mine.matrix import Matrix
+from embkit.mine.memory import PER_SKETCH
 from embkit.mine.miner import (
     Block,
     Miner,
@@ -61,7 +62,8 @@ def mine_vectors(
         query_ids, passage_ids: names; each only once.
         rules: what is kept (docs/mining.md); **settings: single rules in place of those.
         reranker: ``f(queries, passages) -> scores`` on texts, or an object with ``predict``.
-        memory: bytes beside the inputs and the result; 0 lets embkit choose.
+        memory: bytes beside the inputs and the result; 0 lets embkit choose. A copy of the texts,
+            where they are given, is among them.
         threads: 0 for all; no effect on the result.
         progress: called with the number of queries done.
 
@@ -71,7 +73,7 @@ def mine_vectors(
     Raises:
         UsageError: widths that differ, NaN or zero vectors (which), fewer passages than k, a
             positive that is not in the corpus, an id that comes twice, a query without a positive,
-            or rules that need texts when there are none.
+            rules that need texts when there are none, or less memory than mining takes.
     """
     chosen = replace(rules or Rules(), **settings)
     q, c = Matrix(queries, "queries"), Matrix(corpus, "corpus")
@@ -93,15 +95,15 @@ def mine_vectors(
     cluster, own = _clusters(clusters, len(c), shards if texts is not None else [], len(q))
     if query_texts is None:
         own = _NO
-    held = sum(len(text) for text, _ in shards) + 40 * (len(c) + len(q))  # the filter's sketches
-    memory = max(memory - held, 1) if memory else 0
+    held = sum(len(text) + PER_SKETCH * len(offsets) for text, offsets in shards)
     everything = list(texts or ()) + list(query_texts or ())
     miner = Miner(
         Passages(
             vectors=c, name=np.arange(len(c), dtype=np.uint64), cluster=cluster,
             shards=shards if chosen.near_duplicate is not None else [],
         ),
-        q, chosen, room=room_for(offsets, rows, cluster), memory=memory, threads=threads,
+        q, chosen, room=room_for(offsets, rows, cluster), memory=memory,
+        held=held + 16 * len(rows), threads=threads,
         reranker=as_reranker(reranker), text=everything.__getitem__,
     )  # fmt: skip
     score = q.dot(owners(offsets), c, rows.astype(np.int64))
@@ -186,7 +188,9 @@ def _positives(
             raise UsageError(f"positives name the query {unknown[0]!r}, which is not there.")
         given = [given.get(key, ()) for key in query_ids or ()]
     arrays = isinstance(given, tuple) and all(isinstance(a, np.ndarray) for a in given)
-    if arrays and len(given) == 2 and place is None:
+    if isinstance(given, np.ndarray) and given.ndim == 1 and place is None:
+        offsets, rows = np.arange(len(given) + 1, dtype=np.uint64), given
+    elif arrays and len(given) == 2 and place is None:
         offsets, rows = np.asarray(given[0], np.uint64), np.asarray(given[1])
     else:
         lists = [_as_list(one) for one in given]

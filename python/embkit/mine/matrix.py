@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from embkit.data.tables import Array
 from embkit.errors import UsageError
 
-_STEP = 16384  # rows looked at together
+_STEP = 1 << 18  # numbers looked at together
 
 
 class Matrix:
@@ -37,16 +37,16 @@ class Matrix:
             )
         self.width = int(self.parts[0].shape[1])
         self.starts = np.cumsum([0, *(len(p) for p in self.parts)])
+        self.step = max(1, _STEP // max(1, self.width))  # rows
 
     def __len__(self) -> int:
         return int(self.starts[-1])
 
     def take(self, rows: Array) -> NDArray[np.float32]:
         """Rows as F32 [len(rows), d]."""
-        out = np.empty((len(rows), self.width), np.float32)
         if len(self.parts) == 1:
-            out[:] = self.parts[0][rows]
-            return out
+            return np.asarray(self.parts[0][rows], np.float32)
+        out = np.empty((len(rows), self.width), np.float32)
         part = np.searchsorted(self.starts, rows, side="right") - 1
         for i in np.unique(part).tolist():
             here = part == i
@@ -65,8 +65,8 @@ class Matrix:
     def dot(self, rows: Array, other: Matrix, others: Array) -> NDArray[np.float32]:
         """Inner products of row pairs, F32 [n], the same for a pair wherever it stands."""
         out = np.empty(len(rows), np.float32)
-        for start in range(0, len(rows), _STEP):
-            part = slice(start, start + _STEP)
+        for start in range(0, len(rows), self.step):
+            part = slice(start, start + self.step)
             product = self.take(rows[part]) * other.take(others[part])
             out[part] = product.sum(axis=1, dtype=np.float32)
         return out
@@ -80,8 +80,8 @@ class Matrix:
         bad: list[int] = []
         kinds = set()
         for first, part in zip(self.starts[:-1].tolist(), self.parts, strict=True):
-            for start in range(0, len(part), _STEP):
-                rows = np.asarray(part[start : start + _STEP], np.float32)
+            for start in range(0, len(part), self.step):
+                rows = np.asarray(part[start : start + self.step], np.float32)
                 square = np.einsum("nd,nd->n", rows, rows)
                 wrong = np.flatnonzero(~(np.isfinite(square) & (square > 0)))
                 for row in wrong.tolist():

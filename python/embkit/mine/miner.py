@@ -12,15 +12,15 @@ from numpy.typing import NDArray
 from embkit import _rust
 from embkit.data.tables import Array, Shard, offsets_of, owners, take_jagged
 from embkit.mine.matrix import Matrix
+from embkit.mine.memory import PER_PASSAGE, PER_QUERY, share
 from embkit.mine.rerank import Reranker, score_pairs
 from embkit.recipe import Rules
 from embkit.search import Searcher, search
 
 NONE = 0xFFFFFFFF  # a rank or row that is none
 DEEPEST = 4096  # candidates of a query whose first list was full of copies
+MOST = 1 << 17  # queries of a block: what a killed run loses
 _EXTRA = 256  # places kept free for positives and their clusters
-_BYTES = 256 << 20  # of a block of queries, when no cap is given
-_LEAST = 64  # queries of a block
 
 Progress = Callable[[int], object] | None
 
@@ -107,8 +107,12 @@ class Miner:
         passages: the corpus. queries: the vectors of all queries.
         rules: all of them.
         room: most rows that positives and their clusters may take of one query's list.
-        memory: bytes for blocks and search, 0 for a default.
+        memory: bytes for all but mapped files, what was there before and the result; 0 for a
+            default. held: those that the caller holds beside the tables of this miner.
         text: the text of a row, for the reranker.
+
+    Raises:
+        UsageError: the memory is less than mining takes at the least.
     """
 
     def __init__(
@@ -119,6 +123,7 @@ class Miner:
         *,
         room: int,
         memory: int = 0,
+        held: int = 0,
         threads: int = 0,
         reranker: Reranker | None = None,
         text: Callable[[int], str] | None = None,
@@ -130,15 +135,17 @@ class Miner:
         self.n = len(passages.vectors)
         self.pool = max(rules.rerank_candidates, rules.k)  # of a reranker
         self.depth = min(rules.candidates + min(room, _EXTRA), self.n)
-        # Half of the memory holds a block, the rest is the search's own.
-        self.memory = memory // 2
-        each = 16 * self.depth + 32 * rules.k
-        self.block = max(_LEAST, ((memory // 2) or _BYTES) // each)
         # Prepared for all queries, so that no result depends on how they are cut into blocks.
         self.searcher = Searcher(
             queries.parts, passages.vectors.parts, self.depth, engine=rules.engine,
-            recall=rules.recall, memory=self.memory, seed=rules.seed, threads=threads,
+            recall=rules.recall, seed=rules.seed, threads=threads,
         )  # fmt: skip
+        each = 28 * self.depth + 48 * rules.k + (64 * self.pool if reranker else 0)
+        budget = share(
+            memory, held + PER_PASSAGE * self.n + PER_QUERY * len(queries), each, self.searcher
+        )
+        self.memory = self.searcher.memory = budget.search
+        self.block = min(budget.block // each, MOST)
 
     def mine(self, block: Block, progress: Progress = None) -> dict[str, Any]:
         """Negatives of a block: offsets, row, score, rank, audit, and rerank tables.
@@ -151,9 +158,11 @@ class Miner:
         shallow = found.pop("shallow").astype(np.int64)
         while len(shallow):
             depth = min(4 * depth, self.n, max(DEEPEST, depth))
-            deeper = self._settle(block.take(shallow), depth, None)
-            again = deeper.pop("shallow").astype(np.int64)
-            found = _replaced(found, shallow, deeper)
+            parts, again = [], np.zeros(0, np.int64)
+            for first, last in spans(len(shallow), max(1, self.block * self.depth // depth)):
+                parts.append(self._settle(block.take(shallow[first:last]), depth, None))
+                again = np.append(again, parts[-1].pop("shallow").astype(np.int64) + first)
+            found = _replaced(found, shallow, joined(parts))
             shallow = shallow[again] if depth < self._deepest() else again[:0]
         return found
 
@@ -331,13 +340,14 @@ def _tuple(table: dict[str, Array]) -> tuple[Array, Array, Array, Array]:
 
 
 def joined(parts: list[dict[str, Any]]) -> dict[str, Any]:
-    """Blocks one after the other."""
+    """Blocks one after the other; they lose their columns to it."""
     out: dict[str, Any] = {"audit": added([p["audit"] for p in parts])}
     for offsets, columns in _JAGGED:
         if parts and offsets in parts[0]:
             counts = [np.diff(p[offsets].astype(np.int64)) for p in parts]
             out[offsets] = offsets_of(np.concatenate(counts))
-            out |= {c: np.concatenate([p[c] for p in parts]) for c in columns}
+            for c in columns:  # one at a time, so that a result is not there twice
+                out[c] = np.concatenate([p.pop(c) for p in parts])
     return out
 
 

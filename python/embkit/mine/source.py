@@ -19,7 +19,7 @@ from embkit.progress import bar
 if TYPE_CHECKING:
     from embkit.model import Encoder
 
-_IN_MEMORY = 256 << 20  # bytes of a corpus that is gathered, when no cap is given
+_IN_MEMORY = 256 << 20  # bytes of a corpus that is gathered, when there is no cap
 
 
 class StoreVectors:
@@ -38,18 +38,18 @@ class StoreVectors:
             return rows.astype(np.int64)
         return np.searchsorted(self.rows, rows)
 
-    def corpus(self, rows: Array, scratch: Path, memory: int) -> Matrix:
+    def corpus(self, rows: Array, scratch: Path, *, capped: bool) -> Matrix:
         """The rows as a matrix to search in: views where they lie together, else a copy that goes
-        to the file ``scratch`` when it is large."""
+        to the file ``scratch`` when it is large or memory is ``capped``."""
         at = self.at(rows)
         if len(at) and np.array_equal(at, np.arange(at[0], at[0] + len(at))):
             return Matrix(self.matrix.span(int(at[0]), int(at[0]) + len(at)), "corpus")
         shape = (len(at), self.matrix.width)
-        if 4 * shape[0] * shape[1] <= (memory // 4 or _IN_MEMORY):
+        if not capped and 4 * shape[0] * shape[1] <= _IN_MEMORY:
             return Matrix(self.matrix.take(at), "corpus")
         scratch.parent.mkdir(parents=True, exist_ok=True)
         out: Any = np.memmap(scratch, np.float32, "w+", shape=shape)
-        step = max(1, (8 << 20) // (4 * shape[1]))
+        step = max(1, (1 << 20) // (4 * shape[1]))
         for start in range(0, len(at), step):
             out[start : start + step] = self.matrix.take(at[start : start + step])
         return Matrix(out, "corpus")

@@ -16,6 +16,7 @@ from embkit.data.loader import Store, as_store
 from embkit.data.tables import Array, Examples, offsets_of, owners
 from embkit.errors import CorruptError, UsageError, nearest
 from embkit.mine import report as reports
+from embkit.mine.memory import PER_SKETCH
 from embkit.mine.miner import (
     NONE,
     Block,
@@ -68,7 +69,8 @@ def mine(
             stage knows it by its ``name`` (else its class or function): give it a new one, or
             ``fresh=True``, when its answers change.
         tasks: names of retrieval tasks (all).
-        memory: bytes for the work beside mapped files, 0 for a default. No effect on the result.
+        memory: bytes for search and rules beside mapped files, models and the result; 0 for a
+            default. No effect on the result.
         threads: 0 for all; no effect on the result.
         fresh: do it again even when it is done.
 
@@ -76,8 +78,9 @@ def mine(
         ``out``.
 
     Raises:
-        UsageError: no retrieval task, an unknown task, a wrong number, another tokenizer, or
-            embeddings that do not belong to the store. CorruptError: damaged input.
+        UsageError: no retrieval task, an unknown task, a wrong number, another tokenizer,
+            embeddings that do not belong to the store, or less memory than mining takes at the
+            least. CorruptError: damaged input.
     """
     store = as_store(store)
     chosen = _tasks(store, tasks)
@@ -199,7 +202,9 @@ class _Run:
             if done is None:
                 last = min(first + task.miner.block, len(table))
                 done = task.mine(first, last, _counted(progress, start + first, last - first))
-                save_block(blocks / f"{prefix}{last:010d}.safetensors", done)
+                path = blocks / f"{prefix}{last:010d}.safetensors"
+                save_block(path, done)
+                done = _read(path)  # mapped: the result so far takes no memory
             parts.append(done)
             first += len(done["offsets"]) - 1
             progress.update(start + first)
@@ -261,19 +266,23 @@ class Task:
         self.positive = np.searchsorted(self.rows, table.positive).astype(np.uint32)
         cluster = store.cluster(self.rows)
         passages = Passages(
-            vectors=vectors.corpus(self.rows, scratch, memory),
+            vectors=vectors.corpus(self.rows, scratch, capped=memory > 0),
             name=self.rows,
             cluster=cluster,
             shards=store.raw if rules.near_duplicate is not None else [],
         )
+        sketches = PER_SKETCH * store.rows if rules.near_duplicate is not None else 0
         # One search for equal queries, which are numbered as they come.
         distinct, first, back = np.unique(table.query, return_index=True, return_inverse=True)
         order = np.argsort(first)
         self.place = np.argsort(order)[back.reshape(-1)]
-        queries = vectors.corpus(distinct[order], scratch.with_name(f"{scratch.name}.q"), memory)
+        queries = vectors.corpus(
+            distinct[order], scratch.with_name(f"{scratch.name}.q"), capped=memory > 0
+        )
         self.miner = Miner(
             passages, queries, rules, room=room_for(table.positive_offsets, self.positive, cluster),
-            memory=memory, threads=threads, reranker=reranker, text=store.text,
+            memory=memory, held=sketches + len(table.positive) * 16, threads=threads,
+            reranker=reranker, text=store.text,
         )  # fmt: skip
 
     def block(self, first: int, last: int) -> Block:
@@ -341,14 +350,18 @@ def _adopt(folder: Path, prefix: str, end: int) -> dict[str, Any] | None:
     """A block from here on that a killed run has finished: the longest that is whole."""
     for path in sorted(folder.glob(f"{prefix}*.safetensors"), reverse=True):
         try:
-            tensors = container.load(path, kind=BLOCK_KIND, verify="open")
-            meta = container.metadata(path)
-            about = {name: json.loads(meta[name]) for name in ("audit", "search")}
+            block = _read(path)
         except (CorruptError, KeyError, ValueError):
             continue
-        if len(tensors["offsets"]) - 1 + int(prefix.rsplit("-", 2)[1]) <= end:
-            return {**tensors, **about}
+        if len(block["offsets"]) - 1 + int(prefix.rsplit("-", 2)[1]) <= end:
+            return block
     return None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A block as it was saved, its arrays mapped."""
+    tensors, meta = container.load(path, kind=BLOCK_KIND, verify="open"), container.metadata(path)
+    return {**tensors, **{name: json.loads(meta[name]) for name in ("audit", "search")}}
 
 
 def _shown(report: dict[str, Any]) -> str:

@@ -143,7 +143,8 @@ def cosent_op(scores: Tensor, labels: Tensor, scale: float) -> tuple[Tensor, Ten
     if _dispatch.provider("cosent", scores.device, scores.dtype) == "triton":
         from . import cosent_triton
 
-        return cosent_triton.forward(scores, labels, scale)
+        with torch.cuda.device_of(scores):
+            return cosent_triton.forward(scores, labels, scale)
     # The 1 inside the log is a term with exponent 0: the running sum starts from it.
     loss = scores.new_zeros(scores.shape[0])
     with full_precision(scores.device):
@@ -173,7 +174,8 @@ def cosent_backward(
     if _dispatch.provider("cosent", scores.device, scores.dtype) == "triton":
         from . import cosent_triton
 
-        return cosent_triton.backward(grad, loss, rest, scores, labels, scale)
+        with torch.cuda.device_of(grad):
+            return cosent_triton.backward(grad, loss, rest, scores, labels, scale)
     out = torch.zeros_like(scores)
     with full_precision(scores.device):
         for rows, columns in _tiles(scores.shape[1]):

@@ -240,7 +240,8 @@ def mean_pool_padded(states: Tensor, keep: Tensor, normalize: bool) -> tuple[Ten
     if _dispatch.provider("mean_pool", states.device, states.dtype) == "triton":
         from . import mean_pool_triton
 
-        return mean_pool_triton.padded(states, keep, normalize)
+        with torch.cuda.device_of(states):
+            return mean_pool_triton.padded(states, keep, normalize)
     batch, length, width = states.shape
     out = states.new_zeros(batch, width, dtype=accumulate_dtype(states))
     if states.device.type == "cpu":
@@ -269,7 +270,8 @@ def mean_pool_padded_backward(
     if _dispatch.provider("mean_pool", grad.device, dtype) == "triton":
         from . import mean_pool_triton
 
-        return mean_pool_triton.padded_backward(grad, pooled, inverse, keep, dtype)
+        with torch.cuda.device_of(grad):
+            return mean_pool_triton.padded_backward(grad, pooled, inverse, keep, dtype)
     share = _share(grad, pooled, inverse, keep.sum(1), dtype)
     if grad.device.type != "cpu":
         return torch.where(keep[:, :, None], share[:, None, :], 0)
@@ -320,7 +322,8 @@ def mean_pool_packed(
     if _dispatch.provider("mean_pool", states.device, states.dtype) == "triton":
         from . import mean_pool_triton
 
-        return mean_pool_triton.packed(states, start, end, normalize)
+        with torch.cuda.device_of(states):
+            return mean_pool_triton.packed(states, start, end, normalize)
     out = states.new_zeros(start.shape[0], states.shape[1], dtype=accumulate_dtype(states))
     # One call a sequence: no temporary, and no atomic as a segmented add would need on CUDA.
     for b, (lo, hi) in enumerate(zip(start.tolist(), end.tolist(), strict=True)):
@@ -357,7 +360,10 @@ def mean_pool_packed_backward(
     if _dispatch.provider("mean_pool", grad.device, dtype) == "triton":
         from . import mean_pool_triton
 
-        return mean_pool_triton.packed_backward(grad, pooled, inverse, start, end, tokens, dtype)
+        with torch.cuda.device_of(grad):
+            return mean_pool_triton.packed_backward(
+                grad, pooled, inverse, start, end, tokens, dtype
+            )
     count = start.shape[0]
     share = _share(grad, pooled, inverse, end - start, dtype)
     share = torch.cat([share, share.new_zeros(1, share.shape[1])])

@@ -118,7 +118,8 @@ def similarity_scores(q: Tensor, p: Tensor, dims: Sequence[int]) -> Tensor:
         if _provider(q, p) == "triton":
             from . import similarity_triton
 
-            return similarity_triton.scores(q, p, dims)
+            with torch.cuda.device_of(q):
+                return similarity_triton.scores(q, p, dims)
         out = q.new_empty(len(dims), q.shape[0], p.shape[0], dtype=acc)
         q, p = q.to(acc), p.to(acc)
         a, b = prefix_inverse_norms(q, dims), prefix_inverse_norms(p, dims)
@@ -218,7 +219,8 @@ def similarity_topk(q: Tensor, p: Tensor, dims: Sequence[int], k: int) -> tuple[
             if triton:
                 from . import similarity_triton
 
-                found = similarity_triton.topk(q[rows], p, dims, k, block_columns(q, dims))
+                with torch.cuda.device_of(q):
+                    found = similarity_triton.topk(q[rows], p, dims, k, block_columns(q, dims))
             else:
                 found = _topk(q[rows], p, dims, k)
             scores[:, rows], index[:, rows] = found

@@ -8,9 +8,9 @@ For the k best, the product goes to a block of the workspace and `select_kernel`
 program owns one query at one width. It keeps a buffer of M > k keys (score and column in one
 integer, no two equal: `similarity.pack`) and a bar, the k-th best key of the last clean-up. Keys
 above the bar are appended, at places that a prefix sum gives; when the buffer is full it is cut
-down to its k best and the bar rises. Every clean-up sees M - k new keys, which on unordered data
-takes M / k times more columns each time: three clean-ups at k = 100, M = 2048 and a million
-columns. No key of the k best is ever below the bar, so the result does not depend on blocks.
+down to its k best and the bar rises. Every clean-up sees about M - k new keys, which on unordered
+data takes e^(M / k - 1) times more columns each time: three clean-ups at k = 100, M = 512 and a
+million columns. No key of the k best is ever below the bar: the result does not depend on blocks.
 Buffer, fill and bar stay on the device between blocks; one `topk` over the buffers ends it.
 """
 

@@ -13,7 +13,7 @@ import torch
 from interpreter import against
 from torch import Tensor
 
-from embkit_kernels import _triton, mean_pool, mean_pool_ref
+from embkit_kernels import _triton, cls_pool, last_token_pool, mean_pool, mean_pool_ref
 
 FULL = os.environ.get("EMBKIT_TEST_FULL") == "1"
 MODULE = sys.modules[mean_pool.__module__]
@@ -183,6 +183,9 @@ def test_nothing_waits_for_the_device(
         states = values.pop("states").requires_grad_()
         y = mean_pool(states, prompt_len=prompts, normalize=True, **values)
         torch.autograd.grad(y, states, torch.ones_like(y))
+        if states.dim() == 3 and "lengths" not in values:
+            cls_pool(states, **values)
+            last_token_pool(states, **values)
 
 
 def test_ops_are_sound(tiny: None, rng: torch.Generator) -> None:

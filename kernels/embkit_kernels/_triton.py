@@ -26,6 +26,9 @@ import torch
 ARCHES = (80, 90, 100, 942)
 """Checked ahead of time: NVIDIA compute capabilities times ten, and 942 for AMD's gfx942."""
 
+SMALLER = (86, 89, 120)
+"""Workstation and consumer GPUs take the defaults, in less shared memory: `--arch 86,89,120`."""
+
 CONFIGS = Path(__file__).parent / "_configs"
 
 Config = dict[str, Any]
@@ -43,7 +46,7 @@ class Spec:
         constexprs: value of each constexpr argument; None for a pointer that is left out.
         aligned: arguments that are divisible by 16 at every launch: pointers, strides, sizes.
         num_warps, num_stages: launch options.
-        arch: members of `ARCHES` to compile for; None means all.
+        arch: members of `ARCHES` and `SMALLER` to compile for; None means all.
         stack_budget: bytes of stack a thread may use; more than 0 means that registers spill.
         tensor_cores: the kernel must contain a tensor-core instruction.
         pipelined: its loads must overlap its loop: asynchronous copies into several buffers.
@@ -85,7 +88,7 @@ def config(op: str, key: str, device: torch.device | None = None) -> Config:
 
 
 def shipped(op: str, key: str) -> Iterator[tuple[str, tuple[int, ...], Config]]:
-    """Every entry of a kernel as (its name, the `ARCHES` it runs on, launch parameters)."""
+    """Every entry of a kernel as (its name, the architectures it is for, launch parameters)."""
     table = _table(op)
     own = {
         name: _arch(name, entry)
@@ -95,7 +98,8 @@ def shipped(op: str, key: str) -> Iterator[tuple[str, tuple[int, ...], Config]]:
     # A GPU that has an entry of its own does not take its architecture's, but its siblings do.
     taken = {arch for name, arch in own.items() if name.startswith(("sm_", "gfx"))}
     for name, arch in own.items():
-        arches = tuple(a for a in ARCHES if a not in taken) if arch is None else (arch,)
+        every = (*ARCHES, *SMALLER)
+        arches = tuple(a for a in every if a not in taken) if arch is None else (arch,)
         if arches:
             yield name, arches, {**table[name][key], **_replaced.get((op, key), {})}
 

@@ -169,11 +169,11 @@ def test_configs_by_device(tables: None, monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_every_entry_is_compiled_where_it_runs(tables: None) -> None:
     assert list(_triton.shipped("toy", "forward")) == [
-        ("default", (80, 100, 942), {"BLOCK": 64, "num_warps": 4}),
+        ("default", (80, 100, 942, 86, 89, 120), {"BLOCK": 64, "num_warps": 4}),
         ("sm_90", (90,), {"BLOCK": 128, "num_warps": 8}),
     ]
     assert list(_triton.shipped("toy", "backward")) == [
-        ("default", (80, 90, 100, 942), {"BLOCK": 32}),
+        ("default", (80, 90, 100, 942, 86, 89, 120), {"BLOCK": 32}),
         ("NVIDIA H200", (90,), {"BLOCK": 256}),
     ]
 

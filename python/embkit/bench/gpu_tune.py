@@ -1,8 +1,9 @@
-"""A small tuner: a handful of launch parameters for each kernel, timed in a whole forward+backward.
+"""A small tuner: a handful of launch parameters for each kernel, timed in a whole step.
 
-Candidates are those that `_configs/<op>.json` lists under "candidates", or one step up and down in
-warps and stages. A candidate that does not compile, does not fit or changes the results is passed
-over. One kernel is tuned at a time, each with the best of those before it.
+Candidates are those that `_configs/<op>.json` lists under "candidates", or, for an op that lists
+none, one step up and down in warps and stages of each kernel. A candidate that does not compile,
+does not fit or changes the results is passed over. One kernel is tuned at a time, with the best of
+those before it.
 """
 
 from __future__ import annotations
@@ -21,6 +22,9 @@ from embkit.bench.gpu_checks import provider, relative, using
 from embkit.bench.kernel_clock import device, dtype, milliseconds
 from embkit.bench.kernel_ways import Way
 from embkit.kernels import _triton
+
+ORDER = ("infonce", "mean_pool", "similarity", "cosent")
+"""The costliest first: the time may not be enough for all."""
 
 GAIN = 0.98
 """A candidate must take at most this share of the time to replace what is there."""
@@ -82,8 +86,8 @@ def tune(*, quick: bool = False, write: bool = False) -> Iterator[dict[str, Any]
         quick: tiny inputs and two candidates a kernel: a dry run, which never writes.
         write: store what was found in `_configs` under the GPU's name.
     """
-    for path in sorted(_triton.CONFIGS.glob("*.json")):
-        op = path.stem
+    ops = sorted((path.stem for path in _triton.CONFIGS.glob("*.json")), key=_order)
+    for op in ops:
         choice, label = provider(op, device())
         work = workload(op, quick) if choice == "triton" else None
         if work is None:
@@ -92,7 +96,8 @@ def tune(*, quick: bool = False, write: bool = False) -> Iterator[dict[str, Any]
         way, leaves = work
         with using("triton"):
             best: dict[str, dict[str, Any]] = {}
-            for key in _triton.keys(op):
+            listed = [key for key in _triton.keys(op) if _triton.candidates(op, key)]
+            for key in listed or _triton.keys(op):
                 with _triton.replaced(op, **best):
                     found = _tune_one(op, key, way, leaves, quick)
                 if found["best"] is not None:
@@ -100,6 +105,10 @@ def tune(*, quick: bool = False, write: bool = False) -> Iterator[dict[str, Any]
                 yield found
         if write and best and not quick:
             _store(op, best)
+
+
+def _order(op: str) -> tuple[int, str]:
+    return (ORDER.index(op) if op in ORDER else len(ORDER), op)
 
 
 def _tune_one(

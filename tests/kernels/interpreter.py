@@ -147,8 +147,9 @@ def against(
 
 def relative(got: Tensor, want: Tensor, least: float = 0.0) -> float:
     """||got - want|| / max(||want||, least), infinite for NaN; ||got|| if that divides by 0."""
-    scale = max(float(want.double().norm()), least) or 1.0
-    error = (got.double() - want.double()).norm() / scale
+    got, want = got.detach().double(), want.detach().double()
+    scale = max(float(want.norm()), least) or 1.0
+    error = (got - want).norm() / scale
     return float(torch.nan_to_num(error, nan=torch.inf))
 
 

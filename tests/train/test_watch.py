@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import struct
@@ -202,8 +203,10 @@ def test_a_spike_stops_the_run_with_its_batch(
 
 
 def test_the_rule_of_spikes() -> None:
+    step = itertools.count(1)
+
     def line(task: str, loss: float, **more: Any) -> dict[str, Any]:
-        return {"task": task, "loss": loss, **more}
+        return {"step": next(step), "task": task, "loss": loss, **more}
 
     spikes = Spikes(10.0, [line("a", 5.0) for _ in range(31)])
     assert spikes.limit("a") is None
@@ -218,6 +221,9 @@ def test_the_rule_of_spikes() -> None:
     assert low.limit("a") == pytest.approx(6.0)
     low.add(line("a", 8.0, refresh={}))
     assert low.limit("a") is None
+    rare = Spikes(10.0, [line("a", 5.0) for _ in range(40)])
+    rare.add(line("b", 5.0) | {"step": 9000})
+    assert rare.limit("a") is None, "too long ago"
     assert Spikes(None, [line("a", 5.0) for _ in range(64)]).limit("a") is None
 
 

@@ -14,11 +14,14 @@ from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
-from embkit import _rust, container
+from embkit import container
 from embkit.errors import CorruptError
 
 if TYPE_CHECKING:
     from embkit.train.batches import Batch
+
+
+_TAIL = 1 << 20  # bytes
 
 
 class Log:
@@ -28,22 +31,30 @@ class Log:
         self.path = path
         self._handle: IO[str] | None = None
 
-    def start(self, steps: int) -> list[dict[str, Any]]:
-        """Keep the lines of the first ``steps`` steps, open the file behind them; return them.
+    def start(self, steps: int, size: int = 0) -> list[dict[str, Any]]:
+        """Cut the file back to the first ``steps`` steps and open it behind them.
+
+        Costs the same at any step: only the end of what stays is read.
+
+        Args:
+            size: bytes of those steps' lines, which :meth:`sync` gave.
+
+        Returns:
+            The last lines that stay, some thousands.
 
         Raises:
-            CorruptError: one of those lines is missing.
+            CorruptError: the file does not end with that step's line there.
         """
-        kept = read_log(self.path)[:steps] if self.path.is_file() else []
-        if [line.get("step") for line in kept] != list(range(1, steps + 1)):
+        kept = _tail(self.path, size)
+        if (kept[-1].get("step") if kept else 0) != steps:
             raise CorruptError(
                 f"log.jsonl does not hold the {steps} steps that the checkpoint has done.",
                 where=self.path,
                 fix="run the stage again with --fresh",
             )
-        text = "".join(_line(entry) for entry in kept)
-        _rust.publish_file(str(self.path), text.encode())
         self._handle = self.path.open("a", encoding="utf-8")
+        self._handle.truncate(size)
+        self.sync()
         return kept
 
     def write(self, entry: Mapping[str, Any]) -> None:
@@ -52,10 +63,12 @@ class Log:
         self._handle.write(_line(entry))
         self._handle.flush()
 
-    def sync(self) -> None:
-        """Make the lines so far survive a power loss."""
-        if self._handle is not None:
-            os.fsync(self._handle.fileno())
+    def sync(self) -> int:
+        """Make the lines so far survive a power loss; returns the bytes of the file."""
+        if self._handle is None:
+            return 0
+        os.fsync(self._handle.fileno())
+        return os.fstat(self._handle.fileno()).st_size
 
     def close(self) -> None:
         """Sync and close."""
@@ -77,6 +90,22 @@ def read_log(path: Path) -> list[dict[str, Any]]:
             break
         entries.append(entry)
     return entries
+
+
+def _tail(path: Path, size: int) -> list[dict[str, Any]]:
+    """The last whole lines within the first ``size`` bytes; none when something is wrong there."""
+    if size == 0 or not path.is_file() or path.stat().st_size < size:
+        return []
+    start = max(size - _TAIL, 0)
+    with path.open("rb") as handle:
+        handle.seek(start)
+        data = handle.read(size - start)
+    lines = data.splitlines(keepends=True)
+    try:
+        found = [json.loads(line) for line in lines[1 if start else 0 :]]
+    except ValueError:
+        return []
+    return found if data.endswith(b"\n") and isinstance(found[-1], dict) else []
 
 
 def save_failed_batch(folder: Path, batch: Batch) -> Path:

@@ -373,7 +373,7 @@ class _Run:
             self.done = int(found.state["step"])
             self.encoder.begin_step(self.done - 1)
             self.negatives.restore(split(found.optimizer), found.state, self.done)
-        lines = self.log.start(self.done)
+        lines = self.log.start(self.done, int(found.state["log_bytes"]) if found else 0)
         self.spikes = Spikes(self.config.watch.spike, lines)
         return self.done
 

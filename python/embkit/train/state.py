@@ -65,7 +65,7 @@ class State:
     def save(self, done: int, negatives: Negatives, *, preempted: bool = False) -> Path:
         """Checkpoint the run after ``done`` steps; returns where it lies, or will lie."""
         began = time.perf_counter()
-        self.log.sync()
+        log_bytes = self.log.sync()
         optimizer, count = self.optimizer.tensors()
         optimizer.update(negatives.tensors(done))
         path = self.saver.save(
@@ -83,6 +83,7 @@ class State:
                 "torch_threads": self.threads,
                 "torch": torch.__version__.partition("+")[0],
                 "world": self.world,
+                "log_bytes": log_bytes,
                 **self.evaluation.state(),
                 **negatives.state(done),
                 **({"preempted": True} if preempted else {}),

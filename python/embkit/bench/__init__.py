@@ -26,7 +26,7 @@ from typing import Any
 
 from embkit.errors import EmbkitError, UsageError, nearest
 
-GROUPS = ("store", "dedup", "mine", "kernels", "soup")
+GROUPS = ("store", "dedup", "mine", "kernels", "train", "soup")
 
 
 @dataclass
@@ -68,6 +68,7 @@ class Case:
         score: for a row that is no speed: the value, from the result of one call. The ways are
             still timed, and `peer_value` is the score of a rival's result.
         rounds: timed rounds, for work that is too long for the usual number.
+        two_threads: whether a rate is measured with two threads as well.
         close: gives back what the case holds: files, processes.
     """
 
@@ -86,6 +87,7 @@ class Case:
     derive: Callable[[Mapping[str, Sample]], Mapping[str, Any]] | None = None
     score: Callable[[Any], float] | None = None
     rounds: int | None = None
+    two_threads: bool = True
     close: Callable[[], None] | None = None
 
     def value(self, sample: Sample) -> float:
@@ -154,7 +156,7 @@ def run_case(case: Case, *, rounds: int = 5, threads: int = 1) -> list[Row]:
             for name, way in ways.items():
                 samples[name].append(measure(way))
     wall2 = None
-    if case.measure == "rate" and not scores and (os.cpu_count() or 1) > 1:
+    if case.two_threads and case.measure == "rate" and not scores and (os.cpu_count() or 1) > 1:
         with _threads(2):
             twice = [measure(case.ours).wall for _ in range(case.rounds or rounds)]
             wall2 = case.work / statistics.median(twice)

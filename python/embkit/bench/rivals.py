@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,11 @@ class Job:
         self.rivals += running.values()
         return running, skipped
 
+    def start_here(self, peer: str) -> Rival:
+        """Start a way of ours in the same fashion, with the Python of this process."""
+        self.rivals.append(Rival(self, peer, python=Path(sys.executable)))
+        return self.rivals[-1]
+
     def close(self) -> None:
         """End the rivals and remove their files."""
         for rival in self.rivals:
@@ -92,8 +98,8 @@ class Rival:
         ready: what it said when its shards or its index were there.
     """
 
-    def __init__(self, job: Job, peer: str) -> None:
-        python = interpreter()
+    def __init__(self, job: Job, peer: str, *, python: Path | None = None) -> None:
+        python = python or interpreter()
         self.peer = peer
         folder = job.path / peer
         folder.mkdir()
@@ -104,6 +110,7 @@ class Rival:
         quiet = {
             "OMP_NUM_THREADS": "1",
             "HF_HUB_OFFLINE": "1",
+            "EMBKIT_PROGRESS": "off",
             "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
         }
         self.process = subprocess.Popen(

@@ -76,7 +76,7 @@ lint-python: $(VENV)/.packages
 bench: $(VENV)/.built ## Benchmarks of one group beside their rivals: make bench GROUP=kernels
 	@$(BIN)/embkit bench $(GROUP)
 
-rivals: $(VENV)/.built ## Rivals of the store, dedup and mine benches in an environment of their own, in the cache
+rivals: $(VENV)/.built ## Rivals of the store, dedup, mine and train benches in an environment of their own, in the cache
 	@$(BIN)/python -m venv $(RIVALS)
 	@$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
 	  > "$$(echo $(RIVALS)/lib/python*/site-packages)/embkit-environment.pth"

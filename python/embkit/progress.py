@@ -107,18 +107,18 @@ class _Quiet(Bar):
 
 
 @contextmanager
-def bar(label: str, *, total: float | None = None, unit: str = "rows") -> Iterator[Bar]:
+def bar(label: str | None, *, total: float | None = None, unit: str = "rows") -> Iterator[Bar]:
     """Show progress of a piece of work.
 
     Args:
-        label: what is being done, e.g. ``"Tokenize"``.
+        label: what is being done, e.g. ``"Tokenize"``; None shows nothing.
         total: units in all, or None when unknown.
         unit: what is counted, e.g. ``"tokens"``.
 
     ``EMBKIT_PROGRESS=bar|plain|off`` overrides the choice by terminal.
     """
-    kind = {"bar": _Live, "plain": _Plain}.get(_mode(), _Quiet)
-    shown = kind(label, total, unit)
+    kind = {"bar": _Live, "plain": _Plain}.get(_mode() if label is not None else "", _Quiet)
+    shown = kind(label or "", total, unit)
     try:
         yield shown
     except BaseException:

@@ -34,13 +34,14 @@ class Stage:
         dir: the partial directory to write into while :attr:`done` is false, else ``out``.
         digest: hex BLAKE3 over name, version, parameters and inputs.
         done: the output is there with this digest; skip the work.
+        record: what the digest covers, and the version of embkit.
     """
 
     def __init__(self, out: Path, kind: str, digest: str, record: dict[str, Any]) -> None:
         self.out = out
         self.kind = kind
         self.digest = digest
-        self._record = record
+        self.record = record
         self.done = is_done(out, digest)
         self.dir = out if self.done else partial_dir(out, digest)
 
@@ -50,7 +51,7 @@ class Stage:
         Args:
             extra: further manifest fields (counts, tokenizer, tasks ...), JSON types only.
         """
-        manifest = {**self._record, **(extra or {}), "files": _files(self.dir)}
+        manifest = {**self.record, **(extra or {}), "files": _files(self.dir)}
         write_manifest(self.dir, manifest)
         _rust.publish_dir(str(self.dir), str(self.out))
         for stale in partials(self.out):

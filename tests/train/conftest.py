@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -221,3 +222,26 @@ def tiny_encoder(**settings: Any) -> Encoder:
 def make_encoder() -> Callable[..., Encoder]:
     """Makes a tiny encoder for the tiny store; settings of recipe.Model by name."""
     return tiny_encoder
+
+
+@pytest.fixture(scope="session")
+def dev(store: Store, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A retrieval set and a graded set of texts of the store."""
+    folder = tmp_path_factory.mktemp("dev")
+    query, corpus = [[store.text(2 * i + k) for i in range(40)] for k in (0, 1)]
+    parts: dict[str, list[dict[str, Any]]] = {
+        "retrieval/pairs/queries": [{"_id": f"q{i}", "text": t} for i, t in enumerate(query)],
+        "retrieval/pairs/corpus": [{"_id": f"d{i}", "text": t} for i, t in enumerate(corpus)],
+        "retrieval/pairs/qrels": [
+            {"query_id": f"q{i}", "corpus_id": f"d{i}", "score": 1} for i in range(40)
+        ],
+        "sts/alike": [
+            {"sentence1": a, "sentence2": b, "score": i % 5}
+            for i, (a, b) in enumerate(zip(query, corpus, strict=True))
+        ],
+    }
+    for name, rows in parts.items():
+        path = folder / f"{name}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder

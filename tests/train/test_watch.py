@@ -30,29 +30,6 @@ def log(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
 
-@pytest.fixture(scope="module")
-def dev(store: Store, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A retrieval set and a graded set of texts of the store."""
-    folder = tmp_path_factory.mktemp("dev")
-    query, corpus = [[store.text(2 * i + k) for i in range(40)] for k in (0, 1)]
-    parts: dict[str, list[dict[str, Any]]] = {
-        "retrieval/pairs/queries": [{"_id": f"q{i}", "text": t} for i, t in enumerate(query)],
-        "retrieval/pairs/corpus": [{"_id": f"d{i}", "text": t} for i, t in enumerate(corpus)],
-        "retrieval/pairs/qrels": [
-            {"query_id": f"q{i}", "corpus_id": f"d{i}", "score": 1} for i in range(40)
-        ],
-        "sts/alike": [
-            {"sentence1": a, "sentence2": b, "score": i % 5}
-            for i, (a, b) in enumerate(zip(query, corpus, strict=True))
-        ],
-    }
-    for name, rows in parts.items():
-        path = folder / f"{name}.jsonl"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
-
-
 class Seen(Callback):
     """Keeps what it is told, and draws random numbers to be in the way."""
 

@@ -18,6 +18,7 @@ from embkit.train.checkpoint import Checkpoint, read_state
 if TYPE_CHECKING:
     from embkit.model import Encoder
     from embkit.recipe import Train
+    from embkit.train.parallel import Ranks
     from embkit.train.refresh import Miner
 
 
@@ -59,6 +60,33 @@ def before_training(encoder: Encoder, store: Any) -> None:
             f"{positions(encoder.backbone)}.",
             where=store.path,
             fix="tokenize with a smaller max_length_query and max_length_passage",
+        )
+
+
+def ranks_fit(config: Train, ranks: Ranks) -> None:
+    """What a run of several ranks cannot do is refused; the recipe's numbers of ranks must fit.
+
+    Raises:
+        UsageError: fewer (or more) ranks than the recipe needs, or negatives that change.
+    """
+    needed = sum(part.ranks for part in config.parts)
+    if needed and ranks.world not in (1, needed):
+        raise UsageError(
+            f"The recipe's parts need {needed} ranks, this run has {ranks.world}.",
+            where="parts",
+            fix=f"start {needed} processes (torchrun --nproc-per-node={needed}), or one, in which "
+            "the parts take turns",
+        )
+    if config.sharding != "replicate" and ranks.world % config.shard_ranks:
+        raise UsageError(
+            f"Sets of {config.shard_ranks} ranks do not divide {ranks.world} ranks.",
+            where="shard_ranks",
+            fix="give a divisor of the number of ranks, such as the GPUs of one machine",
+        )
+    if ranks.world > 1 and (config.dynamic.on or config.refresh_every):
+        raise UsageError(
+            "Negatives that change during training (dynamic, refresh_every) need a single process.",
+            fix="mine between two stages instead, or run this one without torchrun",
         )
 
 

@@ -53,16 +53,18 @@ class Evaluation:
         every = self.watch.evaluate_every
         return bool(every) and (done % every == 0 or done == steps)
 
-    def run(self, encoder: Encoder, done: int) -> dict[str, Any]:
+    def score(self, encoder: Encoder) -> dict[str, Any]:
         """Scores of every set and width, as :func:`embkit.evaluate.evaluate` gives them."""
         from embkit.evaluate.run import score_sets
 
         with random_state_kept():
-            scores = score_sets(encoder, self.sets)
-        mean = float(scores["mean"][str(max(encoder.dims))])
+            return score_sets(encoder, self.sets)
+
+    def note(self, scores: Mapping[str, Any], done: int) -> None:
+        """Remember the best mean at full width."""
+        mean = float(scores["mean"][max(scores["mean"], key=int)])
         if self.watch.best != "off" and (self.best is None or mean > self.best["score"]):
             self.best = {"step": done, "score": mean}
-        return scores
 
     def best_at(self, done: int) -> bool:
         """Whether the best weights so far are those after ``done`` steps: they are to be kept."""

@@ -25,10 +25,14 @@ _TAIL = 1 << 20  # bytes
 
 
 class Log:
-    """Appends JSON lines to a file; open between :meth:`start` and :meth:`close`."""
+    """Appends JSON lines to a file; open between :meth:`start` and :meth:`close`.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    Args:
+        writes: False for a rank that only reads what the first one has written.
+    """
+
+    def __init__(self, path: Path, *, writes: bool = True) -> None:
+        self.path, self.writes = path, writes
         self._handle: IO[str] | None = None
 
     def start(self, steps: int, size: int = 0) -> list[dict[str, Any]]:
@@ -52,16 +56,18 @@ class Log:
                 where=self.path,
                 fix="run the stage again with --fresh",
             )
-        self._handle = self.path.open("a", encoding="utf-8")
-        self._handle.truncate(size)
-        self.sync()
+        if self.writes:
+            self._handle = self.path.open("a", encoding="utf-8")
+            self._handle.truncate(size)
+            self.sync()
         return kept
 
     def write(self, entry: Mapping[str, Any]) -> None:
         """Append one line and hand it to the operating system."""
-        assert self._handle is not None
-        self._handle.write(_line(entry))
-        self._handle.flush()
+        if self.writes:
+            assert self._handle is not None
+            self._handle.write(_line(entry))
+            self._handle.flush()
 
     def sync(self) -> int:
         """Make the lines so far survive a power loss; returns the bytes of the file."""
@@ -108,10 +114,11 @@ def _tail(path: Path, size: int) -> list[dict[str, Any]]:
     return found if data.endswith(b"\n") and isinstance(found[-1], dict) else []
 
 
-def save_failed_batch(folder: Path, batch: Batch) -> Path:
-    """Write a batch for inspection: rows, keys, tokens; returns the file."""
+def save_failed_batch(folder: Path, batch: Batch, *, rank: int = 0) -> Path:
+    """Write a rank's batch for inspection: rows, keys, tokens; returns the file."""
     filled = batch.filled
-    path = folder / f"failed-step-{batch.step + 1:06d}.safetensors"
+    end = f"-rank-{rank}" if rank else ""
+    path = folder / f"failed-step-{batch.step + 1:06d}{end}.safetensors"
     flat = [m.flat() for m in batch.micro]
     lengths = np.concatenate([n.cpu().numpy() for _, n in flat])
     names = (

@@ -23,22 +23,24 @@ import torch
 from embkit.errors import EmbkitError, Preempted, UsageError, nearest
 from embkit.progress import Bar, bar
 from embkit.recipe import Train
-from embkit.stage import Stage, stage
+from embkit.stage import Stage
 from embkit.train import checks
 from embkit.train.batches import Batch, Steps, allocator
 from embkit.train.callbacks import About, Callback, Callbacks
+from embkit.train.checkpoint import sha256_tensors
 from embkit.train.dynamic import split
 from embkit.train.evaluation import Evaluation
 from embkit.train.log import Log, save_failed_batch
 from embkit.train.negatives import Negatives
 from embkit.train.optim import Optimizer
-from embkit.train.parallel import Ranks
+from embkit.train.parallel import Ranks, open_ranks, training_device
 from embkit.train.profile import Clock, Profile, Speed
 from embkit.train.refresh import Miner
 from embkit.train.reporters import reporters
+from embkit.train.sharding import spread, whole_state
 from embkit.train.signals import StopFlag
 from embkit.train.spike import Spikes
-from embkit.train.state import State
+from embkit.train.state import State, stage_of
 from embkit.train.step import Done, Step
 from embkit.train.tensorboard import TensorBoard
 
@@ -152,38 +154,50 @@ def train(
     params = {**_decisive(config), "init": encoder.digest()}
     if miner is not None:
         params["miner"] = dict(miner.params)
-    inputs = [store.path, *([mined] if mined else []), *_judges(config)]
-    with stage(
-        out, name=name, params=params, inputs=inputs, kind="embkit.run", fresh=fresh
-    ) as work:
+    options: dict[str, Any] = {
+        "name": name, "params": params, "kind": "embkit.run", "fresh": fresh,
+        "inputs": [store.path, *([mined] if mined else []), *_judges(config)],
+    }  # fmt: skip
+    device = training_device(encoder.device)
+    with (
+        open_ranks(device, timeout=config.rank_timeout) as ranks,
+        stage_of(ranks, out, **options) as work,
+    ):
         if work.done:
             return Encoder.from_pretrained(work.out / "model"), Profile()
         checks.before_training(encoder, store)
+        checks.ranks_fit(config, ranks)
         encoder.check_steps(config.steps)
         watching = [TensorBoard(), *reporters(config.watch.report_to), *callbacks]
-        run = _Run(copy.deepcopy(encoder), store, mined, miner, config, work, Callbacks(watching))
+        run = _Run(
+            copy.deepcopy(encoder).to(device), store, mined, miner, config, work,
+            Callbacks(watching if ranks.first else ()), ranks,
+        )  # fmt: skip
         if not fresh:
-            checks.no_other_run(work.out, work.digest, run.about)
-        run.adopt_sides()
-        with deterministic(), bar(name.capitalize(), total=config.steps, unit="steps") as progress:
+            ranks.once(lambda: checks.no_other_run(work.out, work.digest, run.about))
+        label = name.capitalize() if ranks.first else None
+        with deterministic(), bar(label, total=config.steps, unit="steps") as progress:
             run.all(name, progress)
-        shutil.rmtree(work.dir / REFRESH, ignore_errors=True)
-        run.optimizer.adopt_average()
-        run.encoder.finish()
-        export(run.encoder, work.dir / "model", name=Path(out).name)
-        work.publish(
-            {
-                "steps": config.steps,
-                "tasks": [
-                    {"name": name, "kind": store.task(name)["kind"], "examples": count}
-                    for name, count in run.steps.examples.items()
-                ],
-                "skipped": run.steps.skipped,
-                "init_sha256": run.state.init_sha256,
-                "model_digest": run.encoder.digest(),
-            }
-        )
-    return run.encoder.eval(), run.profile
+        trained = run.result(encoder)
+
+        def publish() -> None:
+            shutil.rmtree(work.dir / REFRESH, ignore_errors=True)
+            export(trained, work.dir / "model", name=Path(out).name)
+            work.publish(
+                {
+                    "steps": config.steps,
+                    "tasks": [
+                        {"name": name, "kind": store.task(name)["kind"], "examples": count}
+                        for name, count in run.steps.examples.items()
+                    ],
+                    "skipped": run.steps.skipped,
+                    "init_sha256": run.state.init_sha256,
+                    "model_digest": trained.digest(),
+                }
+            )
+
+        ranks.once(publish)
+    return trained.eval(), run.profile
 
 
 class _Run:
@@ -198,12 +212,13 @@ class _Run:
         config: Train,
         work: Stage,
         callbacks: Callback,
+        ranks: Ranks,
     ) -> None:
-        self.encoder, self.config, self.work = encoder, config, work
+        self.encoder, self.config, self.work, self.ranks = encoder, config, work, ranks
         self.store, self.folder, self.callbacks = store, work.dir, callbacks
         self.about = checks.identity(work.digest, _decisive(config), encoder, store)
         self.steps = Steps(
-            store, config, Ranks(), negatives=negatives, layout="padded",
+            store, config, ranks, negatives=negatives, layout="padded",
             pad_id=encoder.tokenizer.pad_id, allocate=allocator(encoder.device),
         )  # fmt: skip
         end = self.steps.steps
@@ -213,15 +228,21 @@ class _Run:
                 where="steps",
                 fix=f'set steps = {end}, more epochs, or exhausted = "repeat"',
             )
+        self.adopt_sides()
+        init_sha256 = sha256_tensors(encoder.state_dict())
+        weights = spread(encoder, config, ranks)
         self.optimizer = Optimizer(encoder, config)
-        self.step = Step(encoder, config, self.optimizer, parts=self.steps.count)
+        self.step = Step(
+            encoder, config, self.optimizer, ranks=ranks, weights=weights, parts=self.steps.count
+        )
+        self.sharded = weights.sharded
         self.profile = Profile()
         self.evaluation = Evaluation(config.watch)
-        self.log = Log(self.folder / "log.jsonl")
+        self.log = Log(self.folder / "log.jsonl", writes=ranks.first)
         self.state = State(
             self.folder, self.about, encoder=encoder, optimizer=self.optimizer,
             batches=self.steps, config=config, evaluation=self.evaluation, log=self.log,
-            profile=self.profile,
+            profile=self.profile, init_sha256=init_sha256, rank=ranks.rank, world=ranks.world,
         )  # fmt: skip
         self.given, self.miner = negatives, miner
         self.done = 0
@@ -230,6 +251,25 @@ class _Run:
         """The encoder serves with the prompts and lengths that the store was made with."""
         self.encoder.prompts = {**self.encoder.prompts, **self.store.prompts}
         self.encoder.max_length = {**self.encoder.max_length, **self.store.max_length}
+
+    def result(self, start: Encoder) -> Encoder:
+        """What was trained, in one piece on every rank.
+
+        Args:
+            start: the encoder that the run began with; weights of shards go into a copy of it.
+        """
+        if self.config.watch.best == "export":
+            self.state.load_best()
+        else:
+            self.optimizer.adopt_average()
+        if self.sharded:
+            weights, sharded = whole_state(self.encoder), self.encoder
+            self.encoder = copy.deepcopy(start)
+            self.encoder.load_state_dict(weights)
+            self.encoder.soft_mask_step = sharded.soft_mask_step
+            self.encoder.prompts, self.encoder.max_length = sharded.prompts, sharded.max_length
+        self.encoder.finish()
+        return self.encoder
 
     def all(self, name: str, progress: Bar) -> None:
         """Every step that is still to do."""
@@ -240,7 +280,7 @@ class _Run:
             progress.start(start)
             steps, negatives = self.config.steps, self.negatives
             negatives.idle = lambda: self._preempt() if stop.requested else None
-            self.speed = Speed(self.profile, self.encoder)
+            self.speed = Speed(self.profile, self.encoder, world=self.ranks.world)
             self.callbacks.on_start(
                 About(
                     name=name,
@@ -264,7 +304,7 @@ class _Run:
                     shown = self._step(batch)
                     done = self.done = batch.step + 1
                     negatives.updated(done, self.encoder)
-                    if stop.requested and done < steps:
+                    if self.ranks.any(stop.requested) and done < steps:
                         self._preempt()
                     best = self.evaluation.best_at(done)
                     if done % self.config.checkpoint_every == 0 or done == steps or best:
@@ -273,8 +313,7 @@ class _Run:
                         progress.update(done, loss=shown, **self._shown())
                     mark = time.perf_counter()
                 self.state.saver.wait()
-                if self.config.watch.best == "export":
-                    self.state.load_best()
+                self.ranks.wait()  # rank 0 publishes a checkpoint when it has all ranks' files
             finally:
                 ahead.close()  # type: ignore[attr-defined]
                 negatives.close()
@@ -314,7 +353,7 @@ class _Run:
         clock.lap("other")
         speed, scores = self.speed.now(), None
         if self.evaluation.due(step, self.config.steps):
-            scores = self.evaluation.run(self.encoder, step)
+            scores = self._evaluate(step)
             more["scores"] = {"mean": scores["mean"], "types": scores["types"]}
             clock.lap("evaluation")
         line = self._line(batch, done, more)
@@ -325,6 +364,17 @@ class _Run:
             self.callbacks.on_evaluate(step, scores)
         clock.lap("other")
         return done.loss
+
+    def _evaluate(self, step: int) -> dict[str, Any]:
+        """Scores of the weights that would become the model; shards need every rank for them."""
+        with self.optimizer.averaged():
+            if self.sharded:
+                found = self.evaluation.score(self.encoder)
+                scores = self.ranks.once(lambda: found)
+            else:
+                scores = self.ranks.once(lambda: self.evaluation.score(self.encoder))
+        self.evaluation.note(scores, step)
+        return dict(scores)
 
     def _check(self, batch: Batch, done: Done) -> None:
         """A loss or gradient that is no number, or a loss that has jumped, ends the run."""
@@ -384,7 +434,7 @@ class _Run:
         )  # fmt: skip
 
     def _fail(self, batch: Batch, what: str, more: str = "") -> None:
-        path = save_failed_batch(self.folder, batch)
+        path = save_failed_batch(self.folder, batch, rank=self.ranks.rank)
         raise EmbkitError(
             what,
             where=f"task {batch.task}; its batch is in {path}",

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -114,6 +115,22 @@ class Optimizer:
         with torch.no_grad():
             for parameter, average in zip(self.parameters, self._average, strict=False):
                 parameter.copy_(average)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Averaged weights in the place of the live ones inside; nothing without ``ema``."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    def _swap(self) -> None:
+        with torch.no_grad():
+            for parameter, average in zip(self.parameters, self._average, strict=False):
+                live = parameter.detach().clone()
+                parameter.copy_(average)
+                average.copy_(live)
 
     def tensors(self) -> tuple[dict[str, torch.Tensor], int]:
         """Moments and averages by parameter name, and the number of updates behind them.

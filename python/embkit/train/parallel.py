@@ -245,6 +245,18 @@ def answered() -> Iterator[None]:
         ) from error
 
 
+def training_device(given: torch.device) -> torch.device:
+    """Where a model trains: one on the CPU goes to the GPU that a launcher gave its process.
+
+    Deterministic products on a GPU need a fixed workspace, which is asked for here.
+    """
+    if given.type == "cpu" and "LOCAL_RANK" in os.environ and torch.cuda.is_available():
+        given = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    if given.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    return given
+
+
 @contextmanager
 def open_ranks(device: torch.device, *, timeout: float) -> Iterator[Ranks]:
     """The ranks that a launcher such as torchrun started, or this process alone.

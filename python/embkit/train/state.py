@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from embkit import _rust
+from embkit.stage import Stage, partial_dir, stage
 from embkit.train import checkpoint, checks
 from embkit.train.checkpoint import Checkpoint, Saver
+from embkit.train.sharding import load_state, whole_state
 
 if TYPE_CHECKING:
     from embkit.model import Encoder
@@ -21,6 +24,7 @@ if TYPE_CHECKING:
     from embkit.train.log import Log
     from embkit.train.negatives import Negatives
     from embkit.train.optim import Optimizer
+    from embkit.train.parallel import Ranks
     from embkit.train.profile import Profile
 
 
@@ -30,6 +34,7 @@ class State:
     Args:
         folder: the run's partial directory. about: what a checkpoint must agree with to be this
             run's: ``stage_digest``, ``data_digest``, ``config``, ``dims``, ``tokenizer``.
+        init_sha256: of the weights before the first step.
         rank, world: this process among those that share the run.
 
     Attributes:
@@ -48,6 +53,7 @@ class State:
         evaluation: Evaluation,
         log: Log,
         profile: Profile,
+        init_sha256: str,
         rank: int = 0,
         world: int = 1,
     ) -> None:
@@ -56,7 +62,7 @@ class State:
         self.evaluation, self.log, self.profile = evaluation, log, profile
         self.rank, self.world = rank, world
         self.threads = torch.get_num_threads()
-        self.init_sha256 = checkpoint.sha256_tensors(encoder.state_dict())
+        self.init_sha256 = init_sha256
         self.saver = Saver(
             folder / "checkpoints", keep=config.keep_checkpoints, rank=rank, world=world,
             background=config.watch.background,
@@ -70,7 +76,7 @@ class State:
         optimizer.update(negatives.tensors(done))
         path = self.saver.save(
             step=done,
-            model=self.encoder.state_dict(),
+            model=whole_state(self.encoder),
             optimizer=optimizer,
             own=self._generators(),
             state={
@@ -114,7 +120,7 @@ class State:
         checks.checkpoint_fits(
             found, {**self.about, "cursor": self.batches.cursor(int(state["step"]))}
         )
-        self.encoder.load_state_dict(dict(found.model))
+        load_state(self.encoder, found.model)
         self._restore_generators(found)
         moments = {
             name: found.optimizer[name]
@@ -128,12 +134,12 @@ class State:
         return found
 
     def load_best(self) -> None:
-        """Give the encoder the weights of the best checkpoint."""
-        self.saver.wait()
+        """Give the encoder the weights of the best checkpoint: their average where there is one."""
         best = self.evaluation.best
         if best is not None:
             found = checkpoint.load(self.saver.folder / checkpoint.name_of(best["step"]))
-            self.encoder.load_state_dict(dict(found.model))
+            average = {n[4:]: found.optimizer[n] for n in found.optimizer if n.startswith("ema.")}
+            load_state(self.encoder, {**found.model, **average})
             self.encoder.begin_step(best["step"] - 1)
 
     def _generators(self) -> dict[str, torch.Tensor]:
@@ -153,3 +159,23 @@ class State:
         torch.set_rng_state(found.optimizer[f"rng.torch{end}"])
         if f"rng.cuda{end}" in found.optimizer and self.encoder.device.type == "cuda":
             torch.cuda.set_rng_state(found.optimizer[f"rng.cuda{end}"], self.encoder.device)
+
+
+@contextmanager
+def stage_of(ranks: Ranks, out: Path | str, **options: Any) -> Iterator[Stage]:
+    """As :func:`embkit.stage.stage`; the first rank holds it, the others work in its directory."""
+    with ExitStack() as stack:
+        held: list[Stage] = []
+
+        def enter() -> dict[str, Any]:
+            held.append(stack.enter_context(stage(out, **options)))
+            return {"done": held[0].done, "digest": held[0].digest, "record": held[0].record}
+
+        told = ranks.once(enter)
+        if held:
+            work = held[0]
+        else:
+            work = Stage(Path(out), told["record"]["format"], told["digest"], told["record"])
+            work.done = told["done"]
+            work.dir = work.out if work.done else partial_dir(work.out, work.digest)
+        yield work

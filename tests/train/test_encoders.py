@@ -53,7 +53,7 @@ def test_stopped_runs_equal_an_uninterrupted_one(
     stage starts from the same bits whether it gets the encoder or its files."""
     start = made(store, **settings)
     whole = prefinetune(start, store, out=tmp_path / "whole", **SETTINGS)
-    real, calls = one_step.compute, 0
+    real, calls = one_step.value_and_grad, 0
 
     def fails_at(*numbers: int) -> Any:
         def compute(*arguments: Any, **options: Any) -> Any:
@@ -66,7 +66,7 @@ def test_stopped_runs_equal_an_uninterrupted_one(
         return compute
 
     with monkeypatch.context() as patch:
-        patch.setattr(one_step, "compute", fails_at(5, 10))
+        patch.setattr(one_step, "value_and_grad", fails_at(5, 10))
         for _ in range(2):
             with pytest.raises(RuntimeError, match="stopped"):
                 prefinetune(start, store, out=tmp_path / "parts", **SETTINGS)

@@ -393,7 +393,8 @@ class Train:
             without their prompt, drawn anew each epoch (Gemini Embedding 2 does so, at a rate it
             does not give).
         cosent_scale: lambda of CoSENT (1 / its temperature).
-        token_budget: tokens of a micro-batch, padding included.
+        token_budget: tokens of a micro-batch, padding included. layout: "padded", or "packed"
+            without padding (docs/models.md); "auto" packs on a GPU in half precision.
         checkpoint_every: steps between checkpoints. keep_checkpoints: how many stay.
         data_threads: threads that assemble batches; does not change the result.
         log_every: steps between progress lines; every step is in log.jsonl.
@@ -440,6 +441,7 @@ class Train:
     prompt_dropout: float = 0.0
     cosent_scale: float = 20.0
     token_budget: int = 16384
+    layout: str = "auto"
     checkpoint_every: int = 100
     keep_checkpoints: int = 2
     data_threads: int = 1
@@ -461,6 +463,7 @@ class Train:
 
     def __post_init__(self) -> None:
         _one_of("schedule", self.schedule, ("cosine", "linear", "constant", "wsd"))
+        _one_of("layout", self.layout, ("auto", "padded", "packed"))
         _one_of("adamw", self.adamw, ("fused", "foreach"))
         _one_of("precision", self.precision, ("fp32", "bf16", "fp16"))
         _one_of("sharding", self.sharding, ("replicate", "shard", "hybrid"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,7 @@ from embkit.losses import compute, value_and_grad
 from embkit.model import Encoder
 from embkit.recipe import Train
 from embkit.train import step as one_step
-from embkit.train.batches import Batch, Steps
+from embkit.train.batches import Batch, Steps, layout_of
 from embkit.train.gradcache import Chunks, graph_bytes, kept_graphs, seed_of
 from embkit.train.optim import Optimizer
 from embkit.train.parallel import Ranks
@@ -77,6 +78,40 @@ def test_it_is_the_gradient_of_the_whole_batch(
     for name, value in want.items():
         size = value.norm() + 1e-4 * max(v.norm() for v in want.values())
         assert (single[name] - value).norm() <= 1e-5 * size, name
+
+
+def test_packed_is_padded_to_rounding(store: Store, make_encoder: Callable[..., Encoder]) -> None:
+    """The same rows in the same micro-batches or others, and a chunk that counts nothing."""
+    encoder = make_encoder().double().eval()
+    found = []
+    for layout in ("padded", "packed"):
+        config = Train(**{**SETTINGS, "tasks": {"retrieval": 1.0}, "layout": layout})
+        steps = Steps(store, config, Ranks(), layout=layout_of(encoder, config))
+        (batch,) = steps.stream(0, 1, threads=1, device=torch.device("cpu"))
+        assert all((m.cu_seqlens is None) == (layout == "padded") for m in batch.micro)
+        found.append(cached(encoder, batch, 1))
+        assert sum(int(n.sum()) for _, n in (m.flat() for m in batch.micro)) == batch.filled.tokens
+        chunks = Chunks(lambda m: m.embed(encoder), batch.micro, seed=7, keep=0, empty=2)
+        assert len(chunks.forward()) == len(batch.filled.rows)
+    (loss, want), (other, got) = found
+    assert other == pytest.approx(loss, rel=1e-12)
+    for name, value in want.items():
+        torch.testing.assert_close(got[name], value, rtol=1e-9, atol=1e-12)
+    assert layout_of(encoder, Train()) == "padded"
+
+
+@pytest.mark.skipif(os.environ.get("EMBKIT_TEST_FULL") != "1", reason="full test run: a compiler")
+def test_compiled_is_plain_to_rounding(store: Store, make_encoder: Callable[..., Encoder]) -> None:
+    found = []
+    for settings in ({}, {"compile": True}, {"compile": True, "graph_memory": 0.0}):
+        encoder = make_encoder(dropout=0.1).train()
+        config = Train(**{**SETTINGS, **settings})
+        step = Step(encoder, config, Optimizer(encoder, config))
+        found.append([step.run(batch_of(store, "retrieval"), Clock(Profile())) for _ in range(2)])
+    for a, b, c in zip(*found, strict=True):
+        assert b.loss == pytest.approx(a.loss, rel=1e-5)
+        assert c.loss == pytest.approx(b.loss, rel=1e-6)
+        assert c.norm == pytest.approx(b.norm, rel=1e-5)
 
 
 def test_forgetting_the_seed_would_be_seen(

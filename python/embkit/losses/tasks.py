@@ -141,13 +141,15 @@ def compute(
 def value_and_grad(
     embeddings: torch.Tensor, *args: Any, **options: Any
 ) -> tuple[Outcome, torch.Tensor]:
-    """The loss of a batch, detached, and its gradient by embedding [R, D].
+    """The loss of a batch, detached, and its gradient by embedding [R, D], float32 for half types.
 
     Args:
         embeddings: as for :func:`compute`, with or without a graph, which is not used.
         *args, **options: as for :func:`compute`.
     """
-    leaf = embeddings.detach().requires_grad_()
+    # Half types hold an embedding; the sum of its gradients from all its places needs more.
+    half = embeddings.dtype in (torch.bfloat16, torch.float16)
+    leaf = (embeddings.float() if half else embeddings).detach().requires_grad_()
     with torch.enable_grad():
         out = compute(leaf, *args, **options)
         (gradient,) = torch.autograd.grad(out.loss, leaf)

@@ -17,6 +17,7 @@ from embkit.losses import Sides
 from embkit.train.parallel import Ranks, Share
 
 if TYPE_CHECKING:
+    from embkit.model import Encoder
     from embkit.recipe import Train
 
 
@@ -282,6 +283,24 @@ class Steps:
         finally:
             for one in ahead:
                 one.close()  # type: ignore[attr-defined]
+
+
+def layout_of(encoder: Encoder, config: Train) -> str:
+    """How a run's micro-batches lie in memory: ``"padded"`` or ``"packed"``.
+
+    Raises:
+        UsageError: packed is asked for and the model does not take it.
+    """
+    if config.layout == "auto":
+        fast = encoder.device.type == "cuda" and config.precision != "fp32"
+        return "packed" if fast and encoder.can_pack else "padded"
+    if config.layout == "packed" and not encoder.can_pack:
+        raise UsageError(
+            f"{type(encoder.backbone).__name__} takes no packed input here.",
+            where="layout",
+            fix='set layout = "padded"',
+        )
+    return config.layout
 
 
 def allocator(device: torch.device) -> Any:

@@ -53,7 +53,9 @@ def scalars(line: Mapping[str, Any], speed: Mapping[str, float]) -> dict[str, fl
     """Numbers of a step by tag, the same for every place that they are reported to."""
     found = {"train/loss": line["loss"], f"train/loss_{line['task']}": line["loss"]}
     found |= {f"train/loss_at_{dim}": value for dim, value in line["loss_per_dim"].items()}
-    found |= {"train/lr": line["lr"], "train/grad_norm": line["grad_norm"]}
+    found["train/lr"] = line["lr"]
+    if line["grad_norm"] is not None:  # fp16 that overflowed has none
+        found["train/grad_norm"] = line["grad_norm"]
     return found | {f"speed/{name}": value for name, value in speed.items()}
 
 

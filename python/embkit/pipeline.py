@@ -335,6 +335,7 @@ def tokenizer_options(recipe: Recipe) -> dict[str, Any]:
         "max_length_query": t.max_length_query,
         "max_length_passage": t.max_length_passage,
         "prompts": {"query": t.prompt_query, "passage": t.prompt_passage},
+        "task_prompts": t.task_prompts,
         "prompt_dropout": any(
             train.prompt_dropout > 0
             for train in (recipe.prefinetune, *map(recipe.run_config, range(len(recipe.runs))))

@@ -138,6 +138,8 @@ class Tokenizer:
         max_length_passage: tokens a passage keeps, special tokens included.
         prompt_query: put before every query, as serving will.
         prompt_passage: put before every passage.
+        task_prompts: prompts of single tasks, in the place of those: a table per task with query
+            and passage (retrieval) or text (other kinds).
     """
 
     path: str | None = None
@@ -146,6 +148,7 @@ class Tokenizer:
     max_length_passage: int = 96
     prompt_query: str = ""
     prompt_passage: str = ""
+    task_prompts: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

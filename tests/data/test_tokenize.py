@@ -77,18 +77,23 @@ def test_without_prompts_every_text_is_one_row(records: data.Records, tmp_path: 
 def test_rows_equal_a_naive_plan(records: data.Records) -> None:
     tables = records.tasks()
     n = len(records.texts)
-    for prompts, plain in itertools.product(
-        ({"query": "", "passage": ""}, PROMPTS, {"query": "q ", "passage": ""}), (False, True)
+    some = {"query": "task : ", "text": "task : "}
+    named = {name: some for name in list(tables)[::2]}
+    for prompts, plain, own in itertools.product(
+        ({"query": "", "passage": ""}, PROMPTS, {"query": "q ", "passage": ""}),
+        (False, True),
+        ({}, named),
     ):
-        got = plan_rows(tables, n, prompts, plain=plain)
+        got = plan_rows(tables, n, prompts, task_prompts=own, plain=plain)
         uses: dict[tuple[int, str], set[str]] = {}
         for table in tables.values():
             pair = table.kind != "retrieval"
+            task = own.get(table.name, {})
             for row in table.query.tolist():
-                text = "" if pair else prompts["query"]
+                text = task.get("text", "") if pair else task.get("query", prompts["query"])
                 uses.setdefault((row, text), set()).update("qp" if pair else "q")
             for row in [*table.positive.tolist(), *table.negative.tolist()]:
-                text = "" if pair else prompts["passage"]
+                text = task.get("text", "") if pair else prompts["passage"]
                 uses.setdefault((row, text), set()).update("qp" if pair else "p")
         for (row, text), use in list(uses.items()) if plain else ():
             if text:

@@ -13,6 +13,8 @@ from naive_draws import draws, key_of
 from embkit import data, recipe
 from embkit.data import Batches, Store
 from embkit.errors import UsageError
+from embkit.model import Encoder
+from embkit.model.tokens import load_tokenizer
 from embkit.pipeline import tokenizer_options
 
 PROMPTS = {"query": "search query : ", "passage": "text : "}
@@ -39,7 +41,7 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def store_of(records: Path, out: Path, **options: Any) -> Store:
     sizes: dict[str, Any] = {"vocab_size": 200, "max_length_query": 12, "max_length_passage": 20}
-    return data.tokenize(data.read(records), out=out, prompts=PROMPTS, **{**sizes, **options})
+    return data.tokenize(data.read(records), out=out, **{"prompts": PROMPTS, **sizes, **options})
 
 
 def test_rows_without_prompts_lie_beside_their_own(records: Path, tmp_path: Path) -> None:
@@ -105,9 +107,16 @@ def test_a_resumed_run_drops_the_same(records: Path, tmp_path: Path) -> None:
 
 def test_a_store_without_such_rows(records: Path, tmp_path: Path) -> None:
     store = store_of(records, tmp_path / "store")
-    with pytest.raises(UsageError, match="no form without its prompt") as caught:
-        Batches(store, prompt_dropout=1.0, **SETTINGS).batch(0)
+    with pytest.raises(UsageError, match="no rows without prompts") as caught:
+        Batches(store, prompt_dropout=1.0, **SETTINGS)
     assert "prompt_dropout" in str(caught.value.fix)
+    store.manifest["plain_rows"] = True  # a wrong word of the manifest is found in the rows
+    with pytest.raises(UsageError, match="no form without its prompt"):
+        Batches(store, prompt_dropout=1.0, **SETTINGS).batch(0)
+    whole = store_of(records, tmp_path / "whole", prompt_dropout=True)
+    assert whole.has_plain_rows and not data.subset(whole, out=tmp_path / "part").has_plain_rows
+    without = store_of(records, tmp_path / "without", prompts={})
+    Batches(without, prompt_dropout=1.0, **SETTINGS).batch(0)  # nothing to leave out
 
 
 def test_merged_stores_keep_both_forms(records: Path, tmp_path: Path) -> None:
@@ -124,11 +133,68 @@ def test_merged_stores_keep_both_forms(records: Path, tmp_path: Path) -> None:
     assert sorted(merged.text(int(r)) for r in batch.rows) == ["word1 word2", "word3 word4 word5"]
 
 
+def test_tasks_have_prompts_of_their_own(records: Path, tmp_path: Path) -> None:
+    more = tmp_path / "more"
+    more.mkdir()
+    (more / "pairs.jsonl").write_text((records / "pairs.jsonl").read_text())
+    answers = [
+        {"query": f"word{i} word{i + 1}", "positive": f"word{i + 2} word3 word4"} for i in range(30)
+    ]
+    answers[0]["query"] = json.loads((records / "pairs.jsonl").read_text().splitlines()[0])["query"]
+    (more / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in answers))
+    own = {"answers": {"query": "question : ", "passage": "answer : "}}
+    store = store_of(more, tmp_path / "store", task_prompts=own, prompt_dropout=True)
+    assert store.task_prompts == own
+    tokenizer = load_tokenizer(store.tokenizer)
+    for name, query, passage in (
+        ("pairs", PROMPTS["query"], PROMPTS["passage"]), ("answers", *own["answers"].values())
+    ):  # fmt: skip
+        table = store.examples(name)
+        for rows, prompt, limit in ((table.query, query, 12), (table.positive, passage, 20)):
+            for row in rows[:5].tolist():
+                at = np.array([row], np.uint64)
+                out = np.empty(int(store.lengths(at)[0]), np.int64)
+                store.gather(at, out, np.empty(2, np.int32))
+                want, _ = tokenizer.ids([prompt + store.text(row)], max_length=limit)
+                assert out.tolist() == want[: len(out)].tolist() and len(out) in (len(want), limit)
+                assert int(store.prompt_len(at)[0]) == tokenizer.prompt_length(prompt)
+    # One text with two prompts, and the form without either, which both tasks find.
+    shared = [int(store.examples(n).query[0]) for n in ("pairs", "answers")]
+    ids = store.text_id(np.array(shared, np.uint64))
+    assert shared[0] != shared[1] and ids[0] == ids[1]
+    for name in ("pairs", "answers"):
+        batches = Batches(store, batch_size=30, weights={name: 1.0}, prompt_dropout=1.0)
+        assert not batches.batch(0)["prompt_len"].any()
+    encoder = Encoder.from_config(
+        recipe.Model(hidden=32, layers=1, heads=2, intermediate=48, dims=(16,)), store.tokenizer,
+        max_length=store.max_length,
+    )  # fmt: skip
+    encoder.adopt_prompts(store.prompts, store.task_prompts)
+    named = {"answers": "question : ", "answers passage": "answer : "}
+    assert encoder.prompts == {**PROMPTS, **named}
+    out = encoder.export(tmp_path / "model")
+    assert Encoder.from_pretrained(out).prompts == encoder.prompts
+    said = json.loads((out / "config_sentence_transformers.json").read_text())["prompts"]
+    assert said == {"query": PROMPTS["query"], "document": PROMPTS["passage"], **named}
+    with pytest.raises(UsageError, match="single tasks cannot be merged"):
+        data.merge([store, store_of(records, tmp_path / "other", tokenizer=store.tokenizer)],
+                   out=tmp_path / "merged")  # fmt: skip
+    for wrong, says in (
+        ({"answer": {"query": "q"}}, "did you mean 'answers'"),
+        ({"answers": {"text": "q"}}, "'text'"),
+    ):
+        with pytest.raises(UsageError, match=says):
+            store_of(more, tmp_path / "wrong", task_prompts=wrong)
+
+
 def test_the_recipe_makes_the_rows_that_its_runs_need() -> None:
     def asked(**table: Any) -> bool:
         return bool(tokenizer_options(recipe.from_table(table))["prompt_dropout"])
 
     assert not asked() and asked(prefinetune={"prompt_dropout": 0.1})
     assert asked(runs=[{"seed": 0}, {"prompt_dropout": 0.5}])
+    table = {"tokenizer": {"task_prompts": {"nq": {"query": "question answering : "}}}}
+    options = tokenizer_options(recipe.from_table(table))
+    assert options["task_prompts"] == {"nq": {"query": "question answering : "}}
     with pytest.raises(UsageError, match="no share"):
         recipe.from_table({"finetune": {"prompt_dropout": 1.5}})

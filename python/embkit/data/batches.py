@@ -216,6 +216,12 @@ class Batches:
             "exhausted": exhausted,
             "epochs": epochs,
         }
+        if prompt_dropout and not self.store.has_plain_rows:
+            raise UsageError(
+                "The store has no rows without prompts, which prompt_dropout takes.",
+                where=self.store.path,
+                fix="tokenize again with prompt_dropout=True (a subset has no such rows either)",
+            )
         if prompt_dropout:
             self._settings["prompt_dropout"] = prompt_dropout
         self.loader = self._open(negatives)

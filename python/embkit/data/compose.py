@@ -86,6 +86,7 @@ def append(store: Any, more: Any, *, out: Path | str, fresh: bool = False) -> St
             max_length_query=first.max_length["query"],
             max_length_passage=first.max_length["passage"],
             prompts=first.prompts,
+            prompt_dropout=bool(first.manifest.get("plain_rows")),
             fresh=fresh,
         )
     return merge([first, more], out=out, fresh=fresh)
@@ -188,6 +189,14 @@ def _merge(stores: list[Store], tasks: list[dict[str, Any]], work: Any) -> None:
 
 def _fits(first: Store, other: Store) -> None:
     """Refuse a store whose tokens were made in another way."""
+    for one in (first, other):
+        if one.task_prompts:
+            raise UsageError(
+                "A store with prompts of single tasks cannot be merged: its rows do not say which "
+                "prompt they begin with.",
+                where=one.path,
+                fix="tokenize all records together",
+            )
     pairs = {
         "tokenizer": (first.fingerprint[:16], other.fingerprint[:16]),
         "prompts": (first.prompts, other.prompts),
@@ -351,12 +360,16 @@ def _publish(
             b for b in s.manifest["tokenizer"]["backend"].split(" + ") if b not in backends
         ]
     counts = {k: int(done[k]) for k in ("rows", "shards", "tokens", "truncated")}
+    plain_rows = all(s.manifest.get("plain_rows") for s in stores)
     work.publish(
         {
             "tasks": tasks,
             "sources": sources,
             "tokenizer": {**first.manifest["tokenizer"], "backend": " + ".join(backends)},
             "prompts": first.prompts,
+            **({"task_prompts": first.task_prompts} if first.task_prompts else {}),
+            # A subset leaves rows out that no example names, and those without prompts are such.
+            **({"plain_rows": True} if len(stores) > 1 and plain_rows else {}),
             "max_length": first.max_length,
             "counts": {**counts, "examples": sum(t["examples"] for t in tasks), **(extra or {})},
         }

@@ -98,6 +98,20 @@ class Store:
         return dict(self.manifest["prompts"])
 
     @property
+    def task_prompts(self) -> dict[str, dict[str, str]]:
+        """Prompts of single tasks, by task and side, already in the tokens."""
+        return {task: dict(own) for task, own in self.manifest.get("task_prompts", {}).items()}
+
+    @property
+    def has_plain_rows(self) -> bool:
+        """Whether every text has a row without its prompt too, as prompt dropout needs."""
+        return bool(
+            self.manifest.get(
+                "plain_rows", not any(self.prompts.values()) and not self.task_prompts
+            )
+        )
+
+    @property
     def max_length(self) -> dict[str, int]:
         """Tokens kept per role."""
         return dict(self.manifest["max_length"])

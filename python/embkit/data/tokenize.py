@@ -1,7 +1,8 @@
 """From records to a token store: every distinct text tokenised once per form it is used in.
 
 A form is a prompt plus a length limit, decided by the role a text plays in the examples: query,
-passage, or either (sentence pairs and labelled texts, which take no prompt and the longer limit).
+passage, or either (sentence pairs and labelled texts, which take no prompt and the longer limit). A
+task may have prompts of its own.
 Forms with the same prompt share one row, so without prompts every text is one row.
 """
 
@@ -25,7 +26,7 @@ from embkit.progress import bar, say
 from embkit.stage import stage
 
 QUERY, PASSAGE, BOTH = 0, 1, 2
-_USES = ("query", "passage", "either")
+Use = tuple[str, str]  # of a text: role (query, passage, either) and prompt
 
 
 def tokenize(
@@ -37,6 +38,7 @@ def tokenize(
     max_length_query: int = 32,
     max_length_passage: int = 96,
     prompts: Mapping[str, str] | None = None,
+    task_prompts: Mapping[str, Mapping[str, str]] | None = None,
     prompt_dropout: bool = False,
     on_long: str = "truncate",
     backend: str = "auto",
@@ -51,6 +53,8 @@ def tokenize(
             WordPiece of ``vocab_size`` on these records.
         max_length_query, max_length_passage: tokens kept, special tokens included.
         prompts: text before a query or passage, ``{"query": "", "passage": ""}``.
+        task_prompts: per task what takes the place of ``prompts``: ``query`` and ``passage`` of a
+            retrieval task, ``text`` of the others.
         prompt_dropout: keep every text without its prompt too, for training that leaves prompts
             out at random.
         on_long: ``"truncate"`` cuts texts above their limit and counts them; ``"error"`` publishes
@@ -79,6 +83,9 @@ def tokenize(
         "max_length": {"query": max_length_query, "passage": max_length_passage},
         "prompts": {role: prompts.get(role, "") for role in ("query", "passage")},
     }
+    if task_prompts:
+        _check_task_prompts(task_prompts, records)
+        params["task_prompts"] = {task: dict(sides) for task, sides in task_prompts.items()}
     if prompt_dropout:
         params["prompt_dropout"] = True
     if on_long == "error":  # a finished store that was cut must not pass for one that was not
@@ -107,7 +114,8 @@ def _run(records: Records, given: Any, params: dict[str, Any], work: Any, backen
             progress.update(len(texts))
     tokenizer_json, config = given
     plain = "prompt_dropout" in params
-    rows = plan_rows(tables, len(texts), params["prompts"], plain=plain)
+    named = params.get("task_prompts", {})
+    rows = plan_rows(tables, len(texts), params["prompts"], task_prompts=named, plain=plain)
     source = _sources(tables, len(texts))
     longest = max(params["max_length"].values())
     limits = [params["max_length"]["query"], params["max_length"]["passage"], longest]
@@ -135,7 +143,7 @@ def _run(records: Records, given: Any, params: dict[str, Any], work: Any, backen
     for index, (old, table) in enumerate(
         zip(records.manifest["tasks"], tables.values(), strict=True)
     ):
-        query, passage = _columns_of(table.kind)
+        query, passage = uses_of(table, params["prompts"], named)
         table = table.mapped(rows.row_of[passage], query_of=rows.row_of[query])
         table.save(work.dir, index=index)
         tasks.append({**old, "examples": len(table)})
@@ -150,6 +158,8 @@ def _run(records: Records, given: Any, params: dict[str, Any], work: Any, backen
                 "backend": str(done["backend"]),
             },
             "prompts": params["prompts"],
+            **({"task_prompts": named} if named else {}),
+            **({"plain_rows": True} if plain else {}),
             "max_length": params["max_length"],
             "counts": {
                 "rows": len(rows.text),
@@ -174,18 +184,23 @@ class Rows:
         prompt: U16 [rows], an index into ``prompts``.
         role: U8 [rows], 0 query, 1 passage, 2 both or either.
         prompts: the distinct prompts.
-        row_of: per use ("query", "passage", "either") U64 [texts], the row of a text so used.
+        row_of: per use U64 [texts], the row of a text so used.
     """
 
     text: Array
     prompt: Array
     role: Array
     prompts: list[str]
-    row_of: dict[str, Array]
+    row_of: dict[Use, Array]
 
 
 def plan_rows(
-    tables: Mapping[str, Examples], texts: int, prompts: Mapping[str, str], *, plain: bool = False
+    tables: Mapping[str, Examples],
+    texts: int,
+    prompts: Mapping[str, str],
+    *,
+    task_prompts: Mapping[str, Mapping[str, str]] | None = None,
+    plain: bool = False,
 ) -> Rows:
     """Decide the rows: texts in their order, for each the forms that the examples use.
 
@@ -193,23 +208,25 @@ def plan_rows(
         tables: the examples, in text rows.
         texts: number of texts.
         prompts: prompt per role; texts used either way take none.
+        task_prompts: per task instead, see :func:`tokenize`.
         plain: give every text a row without a prompt, next to the one with it.
     """
-    used = {use: np.zeros(texts, bool) for use in _USES}
+    named = task_prompts or {}
+    used: dict[Use, Array] = {}
     for table in tables.values():
-        query, passage = _columns_of(table.kind)
-        used[query][table.query] = True
-        used[passage][table.positive] = True
-        used[passage][table.negative] = True
-    text_of = {"query": prompts["query"], "passage": prompts["passage"], "either": ""}
-    distinct = list(dict.fromkeys(text_of[use] for use in _USES))
-    form = {use: distinct.index(text_of[use]) for use in _USES}
+        query, passage = uses_of(table, prompts, named)
+        for use, columns in ((query, [table.query]), (passage, [table.positive, table.negative])):
+            at = used.setdefault(use, np.zeros(texts, bool))
+            for column in columns:
+                at[column] = True
+    distinct = list(dict.fromkeys([prompts["query"], prompts["passage"], ""]))
+    distinct += sorted({prompt for _, prompt in used} - set(distinct))
     there = np.zeros((texts, len(distinct)), bool)
     role = np.zeros((texts, len(distinct)), np.uint8)
-    for i in range(len(distinct)):
-        uses = [use for use in _USES if form[use] == i or (plain and distinct[i] == "")]
-        q = np.logical_or.reduce([used[u] for u in uses if u != "passage"] or [there[:, i]])
-        p = np.logical_or.reduce([used[u] for u in uses if u != "query"] or [there[:, i]])
+    for i, prompt in enumerate(distinct):
+        mine = [(r, at) for (r, p), at in used.items() if p == prompt or (plain and not prompt)]
+        q = np.logical_or.reduce([at for r, at in mine if r != "passage"] or [there[:, i]])
+        p = np.logical_or.reduce([at for r, at in mine if r != "query"] or [there[:, i]])
         there[:, i] = q | p
         role[:, i] = np.where(q & p, BOTH, np.where(p, PASSAGE, QUERY))
     row = np.cumsum(there.reshape(-1)).reshape(there.shape) - 1
@@ -219,13 +236,33 @@ def plan_rows(
         prompt=prompt.astype(np.uint16),
         role=role[there],
         prompts=distinct,
-        row_of={use: row[:, form[use]].astype(np.uint64) for use in _USES},
+        row_of={use: row[:, distinct.index(use[1])].astype(np.uint64) for use in used},
     )
 
 
-def _columns_of(kind: str) -> tuple[str, str]:
-    """The uses of the query and the positive column of a kind."""
-    return ("query", "passage") if kind == "retrieval" else ("either", "either")
+def uses_of(
+    table: Examples, prompts: Mapping[str, str], task_prompts: Mapping[str, Mapping[str, str]]
+) -> tuple[Use, Use]:
+    """How a task uses the texts of its query and its positive column: (role, prompt)."""
+    own = task_prompts.get(table.name, {})
+    if table.kind != "retrieval":
+        use = ("either", own.get("text", ""))
+        return use, use
+    return tuple((r, own.get(r, prompts[r])) for r in ("query", "passage"))  # type: ignore[return-value]
+
+
+def _check_task_prompts(given: Mapping[str, Mapping[str, str]], records: Records) -> None:
+    kinds = {t["name"]: t["kind"] for t in records.manifest["tasks"]}
+    for task, sides in given.items():
+        if task not in kinds:
+            raise UsageError(f"task_prompts: no task {task!r}; {nearest(task, kinds)}")
+        known = ("query", "passage") if kinds[task] == "retrieval" else ("text",)
+        for side in sides:
+            if side not in known:
+                raise UsageError(
+                    f"task_prompts.{task} has {side!r}, and the task is {kinds[task]}.",
+                    fix=f"its texts are {' and '.join(known)}",
+                )
 
 
 def _sources(tables: Mapping[str, Examples], texts: int) -> Array:

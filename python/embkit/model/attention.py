@@ -84,28 +84,23 @@ def opening(alpha: float) -> Iterator[None]:
 # ---------------------------------------------------------------- masks
 
 
-def mask(
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    mask_function: Callable[..., torch.Tensor],
-    **options: Any,
-) -> Any:
-    """transformers' mask interface: SDPA's mask, the soft mask, or a :class:`Window`."""
+def mask(**options: Any) -> Any:
+    """transformers' mask interface: SDPA's mask, the soft mask, or a :class:`Window`.
+
+    The options are handed on as they come: which there are differs between versions.
+    """
     from transformers.masking_utils import sdpa_mask
 
     now = _PASS.get()
     if now.longest is not None:
-        return window(mask_function, now.longest)
-    given: dict[str, Any] = {"batch_size": batch_size, "q_length": q_length, "kv_length": kv_length}
-    given |= {"mask_function": mask_function, **options}
+        return window(options["mask_function"], now.longest)
     if now.opening is None:
-        return sdpa_mask(**given)
-    given |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
-    allowed = sdpa_mask(**given)
+        return sdpa_mask(**options)
+    options |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+    allowed = sdpa_mask(**options)
     real = options.get("attention_mask")
     if real is None:
-        real = allowed.new_ones(batch_size, kv_length)
+        real = allowed.new_ones(len(allowed), allowed.shape[-1])
     return soft_mask(allowed, real, now.opening, options.get("dtype", torch.float32))
 
 

@@ -51,7 +51,8 @@ class Encoder(nn.Module):
             width when D = H, and makes a layer that starts as the cut to the first D numbers when
             D < H.
         include_prompt: whether the tokens of the prompt count in the mean.
-        prompts: text put before a text of a role, ``{"query": ..., "passage": ...}``.
+        prompts: text put before a text of a role, ``{"query": ..., "passage": ...}``; under other
+            names, prompts that users may ask for.
         max_length: tokens a text of a role keeps, special tokens included.
         bidirectional: let every token see every other in a model that was causal (docs/models.md).
         soft_mask_steps: training steps over which that happens, as in Conan-embedding-v2; 0 is at
@@ -85,7 +86,7 @@ class Encoder(nn.Module):
         self.dims = tuple(sorted({int(d) for d in dims}, reverse=True))
         self.pooling = pooling
         self.include_prompt = include_prompt
-        self.prompts = {role: str((prompts or {}).get(role, "")) for role in ROLES}
+        self.prompts = dict.fromkeys(ROLES, "") | {k: str(v) for k, v in (prompts or {}).items()}
         limit = positions(backbone)
         given = max_length or {}
         self.max_length = {r: min(int(given.get(r, limit)), limit) for r in ROLES}
@@ -208,6 +209,18 @@ class Encoder(nn.Module):
     def can_pack(self) -> bool:
         """Whether :meth:`packed` works with this model, now."""
         return self._attends and self.opening == 1.0
+
+    def adopt_prompts(
+        self, prompts: Mapping[str, str], task_prompts: Mapping[str, Mapping[str, str]]
+    ) -> None:
+        """Take over the prompts of a store; those of single tasks under the task's name.
+
+        What stands before a task's passages is called ``"TASK passage"``.
+        """
+        self.prompts = {**self.prompts, **prompts}
+        for task, sides in task_prompts.items():
+            for side, text in sides.items():
+                self.prompts[task if side != "passage" else f"{task} passage"] = text
 
     def begin_step(self, step: int) -> None:
         """Set what depends on the training step, counted from 0: the soft mask.

@@ -130,8 +130,8 @@ def _files(encoder: Encoder, title: str) -> dict[str, bytes]:
                     "pytorch": torch.__version__.partition("+")[0],
                 },
                 "prompts": {
-                    "query": encoder.prompts["query"],
-                    "document": encoder.prompts["passage"],
+                    "document" if name == "passage" else name: text
+                    for name, text in encoder.prompts.items()
                 },
                 "default_prompt_name": None,
                 "similarity_fn_name": "cosine",

@@ -32,8 +32,9 @@ def padded(
     """
     options: dict[str, Any] = {}
     # Positions count from a text's first token. With padding on the right that is what every model
-    # does by itself, and RoBERTa's do it always.
-    if not position_offset(backbone) and not bool(mask[:, 0].all()) and takes_positions(backbone):
+    # does by itself, and RoBERTa's do it always. A compiled graph cannot look at the mask.
+    left = torch.compiler.is_compiling() or not bool(mask[:, 0].all())
+    if left and not position_offset(backbone) and takes_positions(backbone):
         options["position_ids"] = ((mask != 0).cumsum(1) - 1).clamp_(min=0)
     with attention.opening(opening) if opening < 1.0 else nullcontext():
         return backbone(input_ids=ids, attention_mask=mask, **options).last_hidden_state

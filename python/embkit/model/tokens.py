@@ -189,6 +189,8 @@ def _portable_config(config: dict[str, Any], tokenizer: Tokenizer) -> dict[str, 
         found = next((s for s in spellings if tokenizer.token_to_id(s) is not None), None)
         if key not in out and found is not None:
             out[key] = found
+    if "pad_token" not in out and "eos_token" in out:  # language models often have none
+        out["pad_token"] = out["eos_token"]
     if out.get("tokenizer_class") in (None, "TokenizersBackend"):  # transformers 5 only
         out["tokenizer_class"] = "PreTrainedTokenizerFast"
     return out

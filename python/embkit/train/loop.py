@@ -249,7 +249,7 @@ class _Run:
 
     def adopt_sides(self) -> None:
         """The encoder serves with the prompts and lengths that the store was made with."""
-        self.encoder.prompts = {**self.encoder.prompts, **self.store.prompts}
+        self.encoder.adopt_prompts(self.store.prompts, self.store.task_prompts)
         self.encoder.max_length = {**self.encoder.max_length, **self.store.max_length}
 
     def result(self, start: Encoder) -> Encoder:

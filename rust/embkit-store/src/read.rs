@@ -211,13 +211,19 @@ impl Store {
         if self.prompt_len_of(row)? == 0 {
             return Ok(row);
         }
-        // The forms of a text lie side by side, one per prompt, and there are three at most.
+        // The forms of a text lie side by side, one per prompt.
         let text = self.value(row, |s| s.text_id)?;
-        let near =
-            [row.wrapping_add(1), row.wrapping_add(2), row.wrapping_sub(1), row.wrapping_sub(2)];
-        for other in near.into_iter().filter(|other| *other < self.rows()) {
-            if self.value(other, |s| s.text_id)? == text && self.prompt_len_of(other)? == 0 {
-                return Ok(other);
+        let after = row + 1..self.rows();
+        let (mut before, mut after) = ((0..row).rev(), after);
+        let sides: [&mut dyn Iterator<Item = u64>; 2] = [&mut after, &mut before];
+        for side in sides {
+            for other in side {
+                if self.value(other, |s| s.text_id)? != text {
+                    break;
+                }
+                if self.prompt_len_of(other)? == 0 {
+                    return Ok(other);
+                }
             }
         }
         Err(Error::usage(

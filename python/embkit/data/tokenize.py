@@ -77,7 +77,7 @@ def tokenize(
         raise UsageError("A text needs room for 3 tokens.", fix="raise max_length_*")
     given = vocabulary.load_tokenizer(tokenizer) if tokenizer is not None else None
     records = as_directory(records, out)
-    params = {
+    params: dict[str, Any] = {
         "tokenizer": _rust.blake3(given[0].encode()) if given else None,
         "vocab_size": None if given else vocab_size,
         "max_length": {"query": max_length_query, "passage": max_length_passage},
@@ -223,8 +223,8 @@ def plan_rows(
     distinct += sorted({prompt for _, prompt in used} - set(distinct))
     there = np.zeros((texts, len(distinct)), bool)
     role = np.zeros((texts, len(distinct)), np.uint8)
-    for i, prompt in enumerate(distinct):
-        mine = [(r, at) for (r, p), at in used.items() if p == prompt or (plain and not prompt)]
+    for i, before in enumerate(distinct):
+        mine = [(r, at) for (r, p), at in used.items() if p == before or (plain and not before)]
         q = np.logical_or.reduce([at for r, at in mine if r != "passage"] or [there[:, i]])
         p = np.logical_or.reduce([at for r, at in mine if r != "query"] or [there[:, i]])
         there[:, i] = q | p

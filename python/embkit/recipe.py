@@ -515,11 +515,6 @@ class Train:
         self._check_parts()
 
     def _check_parts(self) -> None:
-        _require(
-            self.ema == 0 or self.watch.best != "export",
-            'ema and watch.best = "export" both say which weights become the model.',
-            'set ema = 0, or watch.best = "keep"',
-        )
         several = bool(self.parts) or self.accumulate > 1
         _require(
             not (self.parts and self.accumulate > 1),

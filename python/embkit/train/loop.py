@@ -25,7 +25,7 @@ from embkit.progress import Bar, bar
 from embkit.recipe import Train
 from embkit.stage import Stage
 from embkit.train import checks
-from embkit.train.batches import Batch, Steps, allocator
+from embkit.train.batches import Batch, Steps, allocator, layout_of
 from embkit.train.callbacks import About, Callback, Callbacks
 from embkit.train.checkpoint import sha256_tensors
 from embkit.train.dynamic import split
@@ -218,7 +218,7 @@ class _Run:
         self.store, self.folder, self.callbacks = store, work.dir, callbacks
         self.about = checks.identity(work.digest, _decisive(config), encoder, store)
         self.steps = Steps(
-            store, config, ranks, negatives=negatives, layout="padded",
+            store, config, ranks, negatives=negatives, layout=layout_of(encoder, config),
             pad_id=encoder.tokenizer.pad_id, allocate=allocator(encoder.device),
         )  # fmt: skip
         end = self.steps.steps

@@ -84,6 +84,8 @@ def test_dropout_in_a_kernel_without_it(
     encoder = encoder_of("bert", tokenizer, changes=changes)
     monkeypatch.setattr(attention, "_has_kernel", lambda _: True)
     monkeypatch.setattr(torch_varlen, "varlen_attn", naive_varlen)
+    assert encoder.can_pack and not encoder.packs_fast  # so a run on a GPU chooses padded batches
+    assert encoder_of("bert", tokenizer, changes={"attention_probs_dropout_prob": 0.0}).packs_fast
     encoder.packed(flat, bounds)  # in evaluation there is none
     with pytest.raises(UsageError, match=r"no dropout, and this model asks for 0\.1"):
         encoder.train().packed(flat, bounds)

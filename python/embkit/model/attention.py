@@ -12,6 +12,7 @@ of a head.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -209,6 +210,14 @@ def _has_kernel(query: torch.Tensor) -> bool:
     if query.device.type != "cuda" or query.shape[-1] > 256:
         return False
     return torch.is_autocast_enabled("cuda") or query.dtype in _HALF
+
+
+def kernel_takes(config: Any) -> bool:
+    """Whether a varlen kernel can train a model of this config: torch's has no dropout."""
+    names = ("attention_probs_dropout_prob", "attention_dropout")
+    if not any(getattr(config, name, 0) or 0 for name in names):
+        return True
+    return importlib.util.find_spec("flash_attn") is not None
 
 
 def _varlen(

@@ -210,6 +210,11 @@ class Encoder(nn.Module):
         """Whether :meth:`packed` works with this model, now."""
         return self._attends and self.opening == 1.0
 
+    @property
+    def packs_fast(self) -> bool:
+        """Whether one kernel does that on a GPU in half precision, in training too."""
+        return self.can_pack and attention.kernel_takes(self.backbone.config)
+
     def adopt_prompts(
         self, prompts: Mapping[str, str], task_prompts: Mapping[str, Mapping[str, str]]
     ) -> None:

@@ -293,7 +293,7 @@ def layout_of(encoder: Encoder, config: Train) -> str:
     """
     if config.layout == "auto":
         fast = encoder.device.type == "cuda" and config.precision != "fp32"
-        return "packed" if fast and encoder.can_pack else "padded"
+        return "packed" if fast and encoder.packs_fast else "padded"
     if config.layout == "packed" and not encoder.can_pack:
         raise UsageError(
             f"{type(encoder.backbone).__name__} takes no packed input here.",

@@ -109,6 +109,10 @@ def test_zeros_and_signs(provider: str) -> None:
     scores, index = mrl_similarity(q, p, (1, 2), k=5)
     assert index.tolist() == [[[4, 0, 1, 2, 3], [3, 0, 1, 2, 4]]] * 2
     assert scores[1].tolist() == [[1, 0, 0, 0, -1]] * 2
+    # An underflow from below is -0.0, and ties too.
+    q3, p3 = torch.tensor([[1.0, -1e-38, 0.0]]), torch.tensor([[0.0, 1e-5, 1e10], [0.0, 0.0, 1.0]])
+    assert str(mrl_similarity(q3, p3).tolist()) == "[[[-0.0, 0.0]]]"
+    assert mrl_similarity(q3, p3, k=2)[1].tolist() == [[[0, 1]]]
     leaves = q.requires_grad_(), p.requires_grad_()
     grads = torch.autograd.grad(mrl_similarity(*leaves, (1, 2)).sum(), leaves)
     assert all(bool(g.isfinite().all()) for g in grads)

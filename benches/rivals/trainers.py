@@ -7,7 +7,8 @@ pairs.jsonl: the pairs of every batch in the order in which embkit draws them), 
 lr, temperature, dims, lengths, chunk. The process says that it is ready, and then runs `round`
 steps for each line on stdin: its trainer stops in a callback and waits for the next line. It
 answers with CPU and wall seconds, the growth of its peak of resident memory, and the losses of all
-steps so far. Every peer: AdamW without decay, no clipping, constant rate, no dropout, float32.
+steps so far. Every peer: AdamW without decay, no clipping, constant rate, no dropout; float32 on a
+CPU, and bf16 on a GPU, where seconds are those of the clock.
 """
 
 from __future__ import annotations
@@ -41,7 +42,12 @@ class Gate:
         """After every step."""
         if len(self.losses) % self.round == 0:
             took = {"cpu": _cpu() - self.cpu, "wall": time.perf_counter() - self.wall}
-            said = took | {"peak": max(_peak() - self.before, 0), "losses": self.losses}
+            peak = max(_peak() - self.before, 0)
+            if torch.cuda.is_initialized():
+                torch.cuda.synchronize()
+                took = dict.fromkeys(took, time.perf_counter() - self.wall)  # a GPU's time
+                peak = torch.cuda.max_memory_allocated()
+            said = took | {"peak": peak, "losses": self.losses}
             print(json.dumps(said | self.more), flush=True)
             if len(self.losses) < self.steps:
                 self._await()
@@ -64,6 +70,7 @@ def embkit(about: dict[str, Any], gate: Gate) -> None:
 
         def on_step(self, step: int, line: Any, speed: Any) -> None:
             gate.losses.append(line["loss"])
+            gate.more = {"mfu": speed["mfu"]}
             gate.step()
 
     home = Path(about["home"])
@@ -72,7 +79,7 @@ def embkit(about: dict[str, Any], gate: Gate) -> None:
         **settings, **about["embkit"], schedule="constant", warmup_ratio=0.0, weight_decay=0.0,
         clip_norm=0.0, checkpoint_every=10**6, log_every=10**6,
     )  # fmt: skip
-    encoder = Encoder.from_pretrained(home / "model")
+    encoder = Encoder.from_pretrained(home / "model").to(about["device"])
     train(
         encoder, home / "store", name="bench", out=home / "run", config=config, callbacks=[Watch()]
     )
@@ -84,7 +91,8 @@ def arguments(kind: Any, about: dict[str, Any], **more: Any) -> Any:
         output_dir=str(Path(about["home"]) / "hf"),
         per_device_train_batch_size=about["batch_size"], max_steps=about["steps"],
         learning_rate=about["lr"], lr_scheduler_type="constant", warmup_steps=0, weight_decay=0.0,
-        max_grad_norm=0.0, optim="adamw_torch_fused", use_cpu=True, bf16=False, fp16=False,
+        max_grad_norm=0.0, optim="adamw_torch_fused", use_cpu=about["device"] == "cpu",
+        bf16=about["device"] != "cpu", fp16=False,
         save_strategy="no", report_to=[], logging_strategy="no", disable_tqdm=True,
         dataloader_num_workers=0, dataloader_drop_last=True, train_sampling_strategy="sequential",
         **more,
@@ -136,7 +144,7 @@ def sentence_transformers(about: dict[str, Any], gate: Gate, *, cached: bool = F
         def set_epoch(self, epoch: int) -> None:
             pass
 
-    model = SentenceTransformer(str(Path(about["home"]) / "model"), device="cpu")
+    model = SentenceTransformer(str(Path(about["home"]) / "model"), device=about["device"])
     rows = pairs(about)
     data = Dataset.from_dict({k: [row[k] for row in rows] for k in ("query", "positive")})
     scale = 1 / about["temperature"]

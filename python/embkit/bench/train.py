@@ -23,6 +23,7 @@ from embkit.errors import EmbkitError
 
 _AGREE = 1e-4  # relative difference of losses, at every step
 _SIZES = {"hidden": 384, "layers": 6, "heads": 12, "intermediate": 1536, "dims": (384, 256, 128)}
+_BASE = {"hidden": 768, "layers": 12, "heads": 12, "intermediate": 3072, "dims": (768, 512, 256)}
 _QUICK = {"hidden": 64, "layers": 2, "heads": 4, "intermediate": 128, "dims": (64, 32, 16)}
 _PEERS = {"sentence-transformers": "st", "FlagEmbedding": "flag"}
 
@@ -33,7 +34,7 @@ class Work:
     Args:
         sizes: of the encoder. batch_size, steps, round: of the run; a round is measured at once.
         max_length: tokens of the longest text. small: the demo's text, not the corpus.
-        chunk: rows of a chunk of a cached loss; 0 keeps the graph.
+        chunk: rows of a chunk of a cached loss; 0 keeps the graph. device: cpu, or cuda in bf16.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class Work:
         max_length: int,
         small: bool,
         chunk: int = 0,
+        device: str = "cpu",
     ) -> None:
         from embkit import data
         from embkit.data.batches import Batches
@@ -84,10 +86,13 @@ class Work:
         own: dict[str, Any] = {"token_budget": 4096}
         if chunk:
             own = {"token_budget": chunk * max_length // 2, "graph_memory": 0.0}
+        if device != "cpu":
+            own |= {"precision": "bf16", "data_threads": 4}
+        self.agree = _AGREE if device == "cpu" else 2e-2
         self.about: dict[str, Any] = {
             **settings, "home": str(self.path), "steps": steps, "round": round_, "lr": 2e-5,
             "temperature": 0.05, "dims": list(sizes["dims"]), "max_length": max_length,
-            "chunk": chunk, "embkit": own,
+            "chunk": chunk, "embkit": own, "device": device,
         }  # fmt: skip
 
     def case(self, peers: Mapping[str, str], **settings: Any) -> Case:
@@ -104,6 +109,7 @@ class Work:
             ),
         } | {name: about[name] for name in ("batch_size", "steps", "max_length", "dims")}
         losses: dict[str, list[float]] = {}
+        more: dict[str, Any] = {}
 
         def close() -> None:
             job.close()
@@ -112,8 +118,9 @@ class Work:
         def derive(_: Mapping[str, Sample]) -> dict[str, Any]:
             """The losses of all steps, after the last round."""
             for name, found in losses.items():
-                _agree(losses["embkit"], found, f"embkit and {name}")
+                _agree(losses["embkit"], found, f"embkit and {name}", self.agree)
             return {
+                **more,
                 "steps_compared": min(map(len, losses.values())),
                 "loss_difference": {
                     name: max(_differences(losses["embkit"], found))
@@ -124,9 +131,9 @@ class Work:
         rounds = about["steps"] // about["round"]
         return Case(
             work=self.tokens / rounds,
-            ours=partial(_round, ours, losses, "embkit"),
-            rivals={n: partial(_round, rival, losses, n) for n, rival in running.items()},
-            check=lambda a, b: _agree(a, b, "the two"),
+            ours=partial(_round, ours, losses, "embkit", more),
+            rivals={n: partial(_round, rival, losses, n, {}) for n, rival in running.items()},
+            check=lambda a, b: _agree(a, b, "the two", self.agree),
             skipped=skipped,
             facts=facts,
             derive=derive,
@@ -137,9 +144,12 @@ class Work:
         )
 
 
-def _round(rival: Rival, losses: dict[str, list[float]], name: str) -> Reported:
+def _round(
+    rival: Rival, losses: dict[str, list[float]], name: str, more: dict[str, Any]
+) -> Reported:
     said = rival.ask("go")
     losses[name] = said["losses"]
+    more |= {key: said[key] for key in said if key == "mfu"}
     return Reported(said["losses"], Sample(said["cpu"], said["wall"], said["peak"]))
 
 
@@ -147,9 +157,9 @@ def _differences(a: list[float], b: list[float]) -> list[float]:
     return [abs(x - y) / max(abs(x), 1e-3) for x, y in zip(a, b, strict=False)]
 
 
-def _agree(a: list[float], b: list[float], who: str) -> None:
+def _agree(a: list[float], b: list[float], who: str, limit: float) -> None:
     worst = max(_differences(a, b))
-    assert worst <= _AGREE, f"losses of {who} differ by {worst:.1e} relative"
+    assert worst <= limit, f"losses of {who} differ by {worst:.1e} relative"
 
 
 def _pairs(count: int, small: bool) -> list[dict[str, str]]:
@@ -303,4 +313,47 @@ def _resumable(work: Work, *, at: int, steps: int) -> Callable[[], Reported]:
     return resumed
 
 
-CASES: tuple[Callable[[bool], Case], ...] = (step, loss, gradcache, overhead, resume)
+def gpu(quick: bool) -> Case:
+    """Steps of 8,192 pairs through BERT-base on a GPU, bf16, in chunks."""
+    work = Work(
+        _QUICK if quick else _BASE, batch_size=256 if quick else 8192, steps=4, round_=1,
+        max_length=96 if quick else 512, small=quick, chunk=128, device=_cuda(),
+    )  # fmt: skip
+    peers = {"sentence-transformers, cached": "st-cached"}
+    return work.case(peers, name="train.gpu", unit="tokens/s", goal=">= 2x")
+
+
+def gpu_memory(quick: bool) -> Case:
+    """Peak of GPU memory at a batch of 65,536 over that at 8,192 and embeddings with gradients."""
+    small, large = (256, 2048) if quick else (8192, 65536)
+    sizes: dict[str, Any] = _QUICK if quick else _BASE
+    found = {}
+    for size in (small, large):
+        work = Work(
+            sizes, batch_size=size, steps=2, round_=1, max_length=96 if quick else 512,
+            small=quick, chunk=128, device=_cuda(),
+        )  # fmt: skip
+        case = work.case({}, name="train.gpu_memory", unit="bytes")
+        found[size] = max(case.ours().sample.peak for _ in range(2))
+        assert case.close is not None
+        case.close()
+    more = 2 * 2 * (large - small) * sizes["hidden"] * 4  # two sides, values and gradients, float32
+    ratio = found[large] / (found[small] + more)
+    return Case(
+        name="train.gpu_memory", unit="x the smaller batch's and embeddings'", work=1.0, rounds=1,
+        ours=lambda: ratio, score=lambda x: x, goal="<= 1.1x",
+        facts={"peak_bytes_by_batch": {str(k): v for k, v in found.items()}},
+    )  # fmt: skip
+
+
+def _cuda() -> str:
+    import torch
+
+    if not torch.cuda.is_available():
+        raise ImportError("needs a GPU")
+    return "cuda"
+
+
+CASES: tuple[Callable[[bool], Case], ...] = (
+    step, loss, gradcache, overhead, resume, gpu, gpu_memory,
+)  # fmt: skip

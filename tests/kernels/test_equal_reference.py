@@ -20,7 +20,8 @@ import embkit_kernels as ek
 from embkit_kernels import _dispatch, _triton
 
 CASES = 200 if os.environ.get("EMBKIT_TEST_FULL") == "1" else 40
-SIZES = (1, 2, 3, 7, 13, 16, 17, 31, 33)
+SIZES = (1, 2, 3, 5, 7, 13, 16, 17)
+"""Around the tile size of 16, and less: an interpreted tile costs tens of milliseconds."""
 DTYPES = (torch.float32, torch.bfloat16, torch.float32, torch.float16)
 
 ROUNDING = 1e-6
@@ -41,8 +42,8 @@ class Draw:
         return max(least, self.pick.choice(SIZES))
 
     def dims(self, width: int) -> tuple[int, ...]:
-        """One to four widths in any order. (At width 1 gradients are differences that cancel.)"""
-        return tuple(self.pick.sample(range(4, width + 1), self.pick.randint(1, 4)))
+        """One to three widths in any order. (At width 1 gradients are differences that cancel.)"""
+        return tuple(self.pick.sample(range(4, width + 1), self.pick.randint(1, 3)))
 
     def maybe(self) -> bool:
         return self.pick.random() < 0.4
@@ -74,8 +75,8 @@ def tiny(op: str) -> dict[str, Any]:
 
 
 def infonce_case(draw: Draw) -> None:
-    batch, width = draw.size(), draw.pick.choice((16, 24, 33, 64))
-    columns = batch + draw.pick.choice((0, 0, 1, 9, 30))
+    batch, width = draw.size(), draw.pick.choice((16, 24, 33))
+    columns = batch + draw.pick.choice((0, 0, 1, 9, 17))
     q, p, inputs = draw.rows(batch, width), draw.rows(columns, width), []
     options: dict[str, Any] = {"dims": draw.dims(width)}
     tau = draw.pick.choice((0.005, 0.02, 0.05, 1.0))
@@ -167,8 +168,10 @@ def mean_pool_case(draw: Draw) -> None:
 
 def similarity_case(draw: Draw) -> None:
     queries, passages, width = draw.size(), draw.size(), draw.pick.choice((16, 20, 33, 64))
-    q, p, dims = draw.rows(queries, width), draw.rows(passages, width), draw.dims(width)
-    if draw.maybe():
+    dims, differentiate = draw.dims(width), draw.maybe()
+    # The specification's gradient at a zero vector is 1 / eps, not 0.
+    q, p = (draw.rows(n, width, zeros=not differentiate) for n in (queries, passages))
+    if differentiate:
         against(
             lambda q, p: ek.mrl_similarity(q, p, dims),
             lambda q, p: ek.mrl_similarity_naive(q, p, dims),

@@ -37,7 +37,7 @@ def workload(op: str, quick: bool) -> tuple[Way, tuple[Tensor, ...]] | None:
     def rows(*shape: int) -> Tensor:
         return torch.randn(*shape, device=device(), generator=rng).to(dtype())
 
-    b, width, dims = (20, 32, (16, 32)) if quick else (8192, 3072, (768, 1536, 3072))
+    b, width, dims = (5, 32, (16, 32)) if quick else (8192, 3072, (768, 1536, 3072))
     labels = torch.randint(0, 26, (b,), device=device(), generator=rng) / 5
     count, length = (3, 9) if quick else (2048, 512)
     lengths = torch.randint(length // 2, length + 1, (count,), device=device(), generator=rng)
@@ -83,7 +83,7 @@ def tune(*, quick: bool = False, write: bool = False) -> Iterator[dict[str, Any]
     """Tune every op that runs in Triton here; yield a line for each kernel as it is done.
 
     Args:
-        quick: tiny inputs and one candidate a kernel: a dry run, which never writes.
+        quick: tiny inputs, one candidate of one kernel an op: a dry run, which never writes.
         write: store what was found in `_configs` under the GPU's name.
     """
     ops = sorted((path.stem for path in _triton.CONFIGS.glob("*.json")), key=_order)
@@ -97,7 +97,7 @@ def tune(*, quick: bool = False, write: bool = False) -> Iterator[dict[str, Any]
         with using("triton"):
             best: dict[str, dict[str, Any]] = {}
             listed = [key for key in _triton.keys(op) if _triton.candidates(op, key)]
-            for key in listed or _triton.keys(op):
+            for key in (listed or _triton.keys(op))[: 1 if quick else None]:
                 with _triton.replaced(op, **best):
                     found = _tune_one(op, key, way, leaves, quick)
                 if found["best"] is not None:

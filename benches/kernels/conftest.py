@@ -16,8 +16,10 @@ import pytest
 import torch
 from torch import Tensor
 
-if importlib.util.find_spec("embkit_kernels") is None:
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "kernels"))
+# Without an installed embkit the sources do: these benches need neither Rust nor its data path.
+for package, folder in (("embkit", "python"), ("embkit_kernels", "kernels")):
+    if importlib.util.find_spec(package) is None:
+        sys.path.insert(0, str(Path(__file__).resolve().parents[2] / folder))
 
 Loss = Callable[..., Tensor]
 

@@ -45,7 +45,7 @@ class Spec:
             ``"fp32"``, ``"tensordesc<bf16[128,64]>"``.
         constexprs: value of each constexpr argument; None for a pointer that is left out.
         aligned: arguments that are divisible by 16 at every launch: pointers, strides, sizes.
-        num_warps, num_stages: launch options.
+        num_warps, num_stages, maxnreg: launch options; maxnreg None means no cap on registers.
         arch: members of `ARCHES` and `SMALLER` to compile for; None means all.
         stack_budget: bytes of stack a thread may use; more than 0 means that registers spill.
         tensor_cores: the kernel must contain a tensor-core instruction.
@@ -59,6 +59,7 @@ class Spec:
     aligned: tuple[str, ...] = ()
     num_warps: int = 4
     num_stages: int = 3
+    maxnreg: int | None = None
     arch: tuple[int, ...] | None = None
     stack_budget: int = 0
     tensor_cores: bool = False

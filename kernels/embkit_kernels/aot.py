@@ -178,6 +178,8 @@ def compile_spec(op: str, spec: Spec, arch: int) -> Report:
     )
     target = GPUTarget("hip", f"gfx{arch}", 64) if arch == 942 else GPUTarget("cuda", arch, 32)
     options = {"num_warps": spec.num_warps, "num_stages": spec.num_stages}
+    if spec.maxnreg is not None and arch != 942:
+        options["maxnreg"] = spec.maxnreg
     begun = time.monotonic()
     made = triton.compile(source, target=target, options=options)
     report = Report(op, spec.name, arch, shared=made.metadata.shared)

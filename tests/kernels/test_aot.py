@@ -88,7 +88,9 @@ def test_a_good_kernel_and_its_table(tmp_path: Path) -> None:
     found = aot.documented(text, "aot_samples")
     assert found is not None
     # Two operands of 128 x 64 bf16, three buffers each: 98,304 bytes.
-    assert "/ 0 / 98.3, wgmma, 3 deep, 2 blocks" in found[1].splitlines()[-1]
+    good, capped = found[1].splitlines()[-2:]
+    assert "/ 0 / 98.3, wgmma, 3 deep, 2 blocks" in good
+    assert "| 96 / " in capped and "| 96 / " not in good
 
 
 def test_a_table_is_renewed_in_its_place() -> None:

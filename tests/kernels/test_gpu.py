@@ -235,6 +235,8 @@ def test_command_in_small(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> 
     (row,) = found["rows"]
     assert row["ms"]["embkit"] > 0 and row["floor_ms"] > 0 and row["commit"] and row["versions"]
     assert found["parts"]["infonce_768"]["ended"] == "done"
+    page = out.with_suffix(".html").read_text()
+    assert "<td>kernels.infonce.768</td>" in page and "<svg" in page and "http" not in page
 
     assert gpu.main(["--quick", "--parts", "cosent,tune", "--out", str(out), "--limit", "6"]) == 1
     found = json.loads(out.read_text())

@@ -217,6 +217,11 @@ def run(parts: Sequence[str], out: Path, *, quick: bool, limit: float, write: bo
                 print(f"  {part}: {state['ended']}")
             out.parent.mkdir(parents=True, exist_ok=True)
             out.write_text(json.dumps(found, indent=1) + "\n")
+    chart = out.with_suffix(".html")
+    if rows := found.get("rows"):
+        from embkit.bench import kernel_plot
+
+        chart.write_text(kernel_plot.page(rows, f"Kernels: {rows[0]['machine']}"))
     print("\n" + summary(found))
     print(f"\n{out}: {time.monotonic() - begun:.0f} s")
     return 1 if failures(found) else 0

@@ -100,6 +100,7 @@ def test_packed_is_padded_to_rounding(store: Store, make_encoder: Callable[..., 
     assert layout_of(encoder, Train()) == "padded"
 
 
+@pytest.mark.filterwarnings("default")  # the compiler's own: it looks at gradients of all tensors
 @pytest.mark.skipif(os.environ.get("EMBKIT_TEST_FULL") != "1", reason="full test run: a compiler")
 def test_compiled_is_plain_to_rounding(store: Store, make_encoder: Callable[..., Encoder]) -> None:
     found = []

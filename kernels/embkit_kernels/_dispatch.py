@@ -26,7 +26,7 @@ ENV = "EMBKIT_KERNELS"
 CHOICES = ("auto", "triton", "ref")
 OPS = ("infonce", "cosent", "mean_pool", "similarity")
 
-_TRITON_OPS: frozenset[str] = frozenset({"cosent", "mean_pool", "similarity"})
+_TRITON_OPS: frozenset[str] = frozenset({"infonce", "cosent", "mean_pool", "similarity"})
 """Ops that have a Triton kernel."""
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)

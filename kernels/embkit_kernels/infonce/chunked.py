@@ -33,7 +33,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .._common import (
@@ -45,11 +44,9 @@ from .._common import (
     suffix_sum_,
 )
 from .problem import Masks, Problem
+from .rows import EMPTY, Rows
 
 MASKED = -1e30
-EMPTY = -1e29
-"""A log-sum-exp below this had nothing but masked candidates."""
-
 WORKSPACE = {"cpu": 1 << 22, "cuda": 1 << 26}
 """Elements of a chunk's blocks together, 16 and 256 MiB in float32. On CPU the GEMMs want many rows
 more than the blocks want to fit L2: at B = N = 2048 a quarter of this is a third slower."""
@@ -123,32 +120,22 @@ class Block:
     base: Tensor
 
 
-class State:
+class State(Rows):
     """Sides, banks, positives and per-row vectors of one call."""
 
     def __init__(self, q: Tensor, p: Tensor, hard: Tensor | None, tau: Tensor, problem: Problem):
         acc = accumulate_dtype(q, p, hard)
-        self.problem, self.dims = problem, problem.dims
-        self.batch = q.shape[0]
-        self.tau = tau.to(acc)
-        masks = Masks(problem, self.batch)
-        self.row = masks.row
-        self.share = None if masks.count is None else masks.count.to(acc).reciprocal()
+        self.dims = problem.dims
+        masks = Masks(problem, q.shape[0])
         self.q, self.p = Side(q.to(acc), self.dims), Side(p.to(acc), self.dims)
         self.hard = None if hard is None else Side(hard.to(acc), self.dims)
         # The positives as a side of their own: their gradient joins the passages' at the end.
         self.positive = Side(self.p.x.index_select(0, problem.positive_index), self.dims)
-        self.s_pos = (
-            prefix_dots(self.of_row(self.q.x, 0), self.positive.x, self.dims)
-            * self.of_row(self.q.inverse, 1)
-            * self.positive.inverse
-        )
-        self.reference = self.s_pos
-        if self.row is not None:
-            # With several positives the lowest is the reference: it also sets the margin.
-            low = self.s_pos.new_full((len(self.dims), self.batch), torch.inf)
-            low = low.scatter_reduce(1, self.row.expand_as(self.s_pos), self.s_pos, "amin")
-            self.reference = torch.where(low.isinf(), 0, low)
+        own, inverse = self.q.x, self.q.inverse
+        if masks.row is not None:
+            own, inverse = own.index_select(0, masks.row), inverse.index_select(1, masks.row)
+        s_pos = prefix_dots(own, self.positive.x, self.dims) * inverse * self.positive.inverse
+        super().__init__(s_pos, tau.to(acc), problem, q.shape[0])
 
         self.banks: list[Bank] = []
         if problem.in_batch:
@@ -162,17 +149,6 @@ class State:
             self.banks.append(Bank(self.positive, self.p, masks.passages))
         columns = sum(bank.width for bank in self.banks)
         self.chunk = chunk_rows(columns, len(self.dims), q.device)
-
-    def of_row(self, x: Tensor, dim: int) -> Tensor:
-        """Spread a per-row tensor over the positives (a copy only when they are jagged)."""
-        return x if self.row is None else x.index_select(dim, self.row)
-
-    def per_row(self, x: Tensor) -> Tensor:
-        """Mean over the positives of each row: [K, nnz] -> [K, B]."""
-        if self.row is None or self.share is None:
-            return x
-        out = x.new_zeros(self.batch, x.shape[0])
-        return add_rows_(out, self.row, (x * self.share).t().contiguous()).t().contiguous()
 
     def chunks(self) -> Iterator[slice]:
         """Row slices, the same forward and backward."""
@@ -224,25 +200,6 @@ class State:
             torch.sub(y, base[k, :, None], out=e[k]).exp_()
             torch.mul(y, e[k], out=ey[k])
         return Block(bank, rows, e, ey, e.sum(-1), base)
-
-    def excess(self, x: Tensor) -> Tensor:
-        """nLSE - z_pos for each positive: X moved from the reference to that positive."""
-        if self.row is None:
-            return x
-        return self.of_row(x, 1) - (self.s_pos - self.of_row(self.reference, 1)) / self.tau
-
-    def losses(self, x: Tensor) -> Tensor:
-        """Per-row losses [K, B] from X."""
-        excess = self.excess(x)
-        if self.problem.include_positive:
-            return self.per_row(F.softplus(excess, threshold=40))
-        return self.per_row(torch.where(excess.isneginf(), 0, excess))
-
-    def slope(self, excess: Tensor) -> Tensor:
-        """dloss / d(nLSE - z_pos)."""
-        if self.problem.include_positive:
-            return torch.sigmoid(excess)
-        return (~excess.isneginf()).to(excess.dtype)
 
     def want_grads(self, needs: tuple[bool, bool, bool]) -> None:
         """Make room for the gradients of q, p, hard."""

@@ -5,8 +5,8 @@
 gradients on the way (three units of work, not four) and its backward scales them.
 
 `torch.library.custom_op` with a fake and a registered backward: full graphs, AOT autograd and
-`opcheck` work, and no [rows, columns] tensor is ever saved. A Triton kernel takes the branch that
-`_dispatch.provider` opens here; the CPU keeps the reference.
+`opcheck` work, and no [rows, columns] tensor is ever saved. `_dispatch.provider` chooses between
+the Triton kernels and the chunked reference, which have the same arguments and results.
 """
 
 from typing import Any
@@ -34,6 +34,17 @@ def _problem(fields: tuple[Any, ...]) -> Problem:
     return Problem(**{**values, "dims": tuple(values["dims"])})
 
 
+def _implementation(q: Tensor, p: Tensor, hard: Tensor | None) -> Any:
+    """The module whose `forward` and `backward` run here: `.triton` or `chunked`."""
+    dtype = torch.promote_types(q.dtype, p.dtype)
+    dtype = dtype if hard is None else torch.promote_types(dtype, hard.dtype)
+    if _dispatch.provider("infonce", q.device, dtype) == "triton" and q.numel() and p.numel():
+        from . import triton
+
+        return triton
+    return chunked
+
+
 @torch.library.custom_op(
     f"{NAMESPACE}::infonce_forward",
     mutates_args=(),
@@ -43,9 +54,8 @@ def infonce_forward(
     q: Tensor, p: Tensor, hard: Tensor | None, tau: Tensor, *fields: Any
 ) -> tuple[Tensor, Tensor]:
     """Per-row losses [K, B] and the saved statistic X = nLSE - z_pos [K, B]; see chunked.py."""
-    _dispatch.provider("infonce", q.device)
     with full_precision(q.device):
-        return chunked.forward(q, p, hard, tau, _problem(fields))
+        return _implementation(q, p, hard).forward(q, p, hard, tau, _problem(fields))
 
 
 @infonce_forward.register_fake
@@ -79,10 +89,9 @@ def infonce_backward(
     *fields: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, p, hard, tau; an empty tensor stands for one that is not needed."""
-    _dispatch.provider("infonce", q.device)
-    needs = (need_q, need_p, need_hard)
+    needs, run = (need_q, need_p, need_hard), _implementation(q, p, hard)
     with full_precision(q.device):
-        grads = chunked.backward(grad, x, q, p, hard, tau, _problem(fields), needs)
+        grads = run.backward(grad, x, q, p, hard, tau, _problem(fields), needs)
     return _cast(grads, q, p, hard, tau)
 
 
@@ -171,10 +180,13 @@ def infonce_fused(
 
     Only the first output is differentiable (in weights too); a gradient not needed is empty.
     """
-    _dispatch.provider("infonce", q.device)
-    needs = (need_q, need_p, need_hard)
+    needs, run, problem = (need_q, need_p, need_hard), _implementation(q, p, hard), _problem(fields)
     with full_precision(q.device):
-        rows, grads = chunked.fused(weights, q, p, hard, tau, _problem(fields), needs)
+        if run is chunked:
+            rows, grads = chunked.fused(weights, q, p, hard, tau, problem, needs)
+        else:  # a tile has not all of a row's columns: there is no short cut
+            rows, x = run.forward(q, p, hard, tau, problem)
+            grads = run.backward(weights, x, q, p, hard, tau, problem, needs)
         return (rows * weights).sum(), rows, *_cast(grads, q, p, hard, tau)
 
 

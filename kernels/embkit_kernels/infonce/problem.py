@@ -50,6 +50,13 @@ def join(mask: Tensor | None, other: Tensor | None) -> Tensor | None:
     return mask.logical_or_(other)
 
 
+def jagged_rows(offsets: Tensor, positives: int) -> tuple[Tensor, Tensor]:
+    """Row of each positive [nnz], and positives of each row [B]; no host sync."""
+    count = offsets[1:] - offsets[:-1]
+    rows = torch.arange(count.shape[0], device=count.device)
+    return torch.repeat_interleave(rows, count, output_size=positives), count
+
+
 class Masks:
     """Which candidates of a block of rows are dropped, by index and by identity.
 
@@ -60,15 +67,11 @@ class Masks:
         """Pad jagged positives to [B, most positives of a row] (one host sync, jagged only)."""
         index = problem.positive_index
         self.row: Tensor | None = None
-        self.count: Tensor | None = None
         if problem.positive_offsets is None:
             padded, real = index[:, None], torch.ones_like(index[:, None], dtype=torch.bool)
         else:
             offsets = problem.positive_offsets.to(torch.int64)
-            count = offsets[1:] - offsets[:-1]
-            rows = torch.arange(batch, device=index.device)
-            self.row = torch.repeat_interleave(rows, count, output_size=index.shape[0])
-            self.count = count.index_select(0, self.row)
+            self.row, count = jagged_rows(offsets, index.shape[0])
             most = max(1, int(count.max()) if batch else 1)
             real = torch.arange(most, device=index.device) < count[:, None]
             place = torch.arange(index.shape[0], device=index.device)

@@ -1,3 +1,4 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs
 """Backward: the coefficient matrices that plain GEMMs turn into gradients, for a chunk of columns.
 
 With e = 2^(y - X) and the weight of a row, W^k_i = g^k_i slope^k_i / tau, so that G = W e:

@@ -1,3 +1,4 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs
 """After the GEMMs: positives, own hard negatives and the pull of the normalisation, in one write.
 
     out_r[d] = acc_r[d] + sum_e c_e(d) y_e[d] + sum_h c_rh(d) hard_rh[d] - eta_r(d) x_r[d]

@@ -1,3 +1,4 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs
 """Forward: sums of exponentials of every prefix width, in one pass over the embeddings.
 
     R^k = R^(k-1) + u[segment k] . v[segment k]        one accumulator, read at each boundary

@@ -1,3 +1,4 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs
 """Before the tiles: inverse prefix norms and dot products of matching rows, read once.
 
     INVERSE^k_r = 1 / |v_r[:d_k]|, 0 for a zero prefix          DOTS^k_r = u_r . v_r over [0, d_k)

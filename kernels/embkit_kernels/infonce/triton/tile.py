@@ -1,3 +1,4 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs
 """What the two kernels over tiles share: their grid, their exponents, their masks.
 
 Forward and backward see one arithmetic: the dot products R^k of a tile are the same instructions

@@ -116,16 +116,9 @@ def test_amd_only_informs() -> None:
         (["--module", "no_such_module"], "No module named 'no_such_module'"),
     ],
 )
-def test_wrong_arguments(
-    arguments: Sequence[str],
-    message: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    with pytest.raises(SystemExit) as ended:
-        aot.main(arguments)
-    assert ended.value.code == 2 and message in capsys.readouterr().err
+def test_wrong_arguments(arguments: Sequence[str], message: str) -> None:
+    done = run(*arguments)
+    assert done.returncode == 2 and message in done.stderr
 
 
 def test_the_interpreter_compiles_nothing(

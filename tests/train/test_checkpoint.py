@@ -160,7 +160,7 @@ def test_background_writes_what_was_there(tmp_path: Path, monkeypatch: pytest.Mo
         saver.save(step=step, model={"w": weight}, optimizer={}, state={})
         order.append(f"saved {step}")
         weight += 100
-    assert order[:3] == ["saved 1", "written", "saved 2"]
+    assert order[0] == "saved 1" and order.index("written") < order.index("saved 2")
     saver.wait()
     assert [load(tmp_path / f"step-00000{s}").model["w"][0].item() for s in (1, 2)] == [0.0, 100.0]
     assert (tmp_path / "LATEST").read_text() == "step-000002\n"

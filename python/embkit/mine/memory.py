@@ -9,7 +9,7 @@ from embkit.search import Searcher
 
 PER_PASSAGE, PER_QUERY = 64, 64  # bytes of tables: rows, clusters, positives, and their sorts
 PER_SKETCH = 96  # of a text in the near-duplicate rule, with its offset and its hash
-_OTHER = 12 << 20  # whatever is not counted: Python's objects, pieces of tables, the allocator
+_OTHER = 20 << 20  # whatever is not counted: Python's objects, pieces of tables, the allocator
 _DEFAULT = 512 << 20  # for blocks and search, when there is no cap
 _LEAST = 512  # queries of a block: fewer would pay for the search's start each time
 

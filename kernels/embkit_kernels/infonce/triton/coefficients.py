@@ -16,7 +16,7 @@ end. rho and kappa leave as partials, one a tile, and are added up in the order 
 import triton
 import triton.language as tl
 
-from .tile import MASKED, halves, logits, place, row_terms
+from .tile import MASKED, logits, piece, place, row_terms
 
 
 @triton.jit(do_not_specialize=["B", "N", "K", "tiles_m", "tiles_n"])
@@ -74,14 +74,7 @@ def coefficient_kernel(
                 factor = factor * tl.load(SCALE)
             rho = tl.zeros((BLOCK_M,), tl.float32)
             for part in tl.static_range(SUB):
-                if SUB == 1:
-                    r = dots
-                else:
-                    left, right = halves(dots)
-                    r = left if part < SUB // 2 else right
-                    if SUB == 4:
-                        left, right = halves(r)
-                        r = left if part % 2 == 0 else right
+                r = piece(dots, part, SUB)
                 local = tile_n * BLOCK_N + part * W
                 t, y, keep, b = logits(
                     r, first + local, INVERSE_V + k * padded, COLUMN_KEY, COLUMN_QUERY,

@@ -13,7 +13,7 @@ atomics, the same bits at each run. They cost 8 bytes for each BLOCK_N candidate
 import triton
 import triton.language as tl
 
-from .tile import EMPTY, LN2, MASKED, halves, logits, place, row_terms
+from .tile import EMPTY, LN2, MASKED, logits, piece, place, row_terms
 
 
 @triton.jit(do_not_specialize=["B", "N", "tiles_m", "tiles_n"])
@@ -64,14 +64,7 @@ def forward_kernel(
             top = tl.full((BLOCK_M,), MASKED, tl.float32)
             total = tl.zeros((BLOCK_M,), tl.float32)
             for part in tl.static_range(SUB):
-                if SUB == 1:
-                    r = dots
-                else:
-                    left, right = halves(dots)
-                    r = left if part < SUB // 2 else right
-                    if SUB == 4:
-                        left, right = halves(r)
-                        r = left if part % 2 == 0 else right
+                r = piece(dots, part, SUB)
                 at = tile_n * BLOCK_N + part * (BLOCK_N // SUB)
                 _, y, keep, _ = logits(
                     r, at, INVERSE_V + k * padded, COLUMN_KEY, COLUMN_QUERY, row_key, row_query,

@@ -42,6 +42,19 @@ def halves(x):
 
 
 @triton.jit
+def piece(dots, part: tl.constexpr, SUB: tl.constexpr):
+    """Slice `part` of SUB (1, 2 or 4) of a tile's columns."""
+    r = dots
+    if SUB > 1:
+        left, right = halves(dots)
+        r = left if part < SUB // 2 else right
+    if SUB == 4:
+        left, right = halves(r)
+        r = left if part % 2 == 0 else right
+    return r
+
+
+@triton.jit
 def row_terms(INVERSE_U, REFERENCE, TAU, at, live, margin, alpha):
     """Vectors over rows at one width: a, ref, -ref / a, a log2(e) / tau, limit of t, alpha ref."""
     a = tl.load(INVERSE_U + at, mask=live, other=0.0)

@@ -24,6 +24,7 @@ from embkit.errors import EmbkitError
 _AGREE = 1e-4  # relative difference of losses, at every step
 _SIZES = {"hidden": 384, "layers": 6, "heads": 12, "intermediate": 1536, "dims": (384, 256, 128)}
 _BASE = {"hidden": 768, "layers": 12, "heads": 12, "intermediate": 3072, "dims": (768, 512, 256)}
+_SIX = {"hidden": 192, "layers": 6, "heads": 6, "intermediate": 768, "dims": (192, 128, 64)}
 _QUICK = {"hidden": 64, "layers": 2, "heads": 4, "intermediate": 128, "dims": (64, 32, 16)}
 _PEERS = {"sentence-transformers": "st", "FlagEmbedding": "flag"}
 
@@ -177,8 +178,8 @@ def _pairs(count: int, small: bool) -> list[dict[str, str]]:
 def step(quick: bool) -> Case:
     """Steps of 256 pairs of mixed lengths, MRL of three widths."""
     work = Work(
-        _QUICK if quick else _SIZES, batch_size=64 if quick else 256, steps=15 if quick else 10,
-        round_=5 if quick else 2, max_length=96 if quick else 512, small=quick,
+        _QUICK if quick else _SIZES, batch_size=64 if quick else 256, steps=15 if quick else 4,
+        round_=5 if quick else 1, max_length=96 if quick else 256, small=quick,
     )  # fmt: skip
     return work.case(_PEERS, name="train.step", unit="tokens/s", goal=">= 2.5x")
 
@@ -196,8 +197,8 @@ def loss(quick: bool) -> Case:
 def gradcache(quick: bool) -> Case:
     """One batch of 2048 pairs a step in chunks of 32, MRL of three widths."""
     work = Work(
-        _QUICK if quick else _SIZES, batch_size=256 if quick else 2048, steps=3,
-        round_=1, max_length=96 if quick else 256, small=quick, chunk=32,
+        _QUICK if quick else _SIX, batch_size=256 if quick else 2048, steps=3,
+        round_=1, max_length=96 if quick else 128, small=quick, chunk=32,
     )  # fmt: skip
     peers = {"sentence-transformers, cached": "st-cached"}
     return work.case(peers, name="train.gradcache", unit="tokens/s", goal=">= 2x")

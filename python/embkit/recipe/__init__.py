@@ -1,0 +1,44 @@
+"""Recipes: the dataclasses are the schema, TOML is the interchange.
+
+A recipe says everything that decides a run's numbers. `load` reads TOML over the defaults, `save`
+writes the resolved recipe, and that file reproduces the run. Values that only change speed
+(threads, progress) are not part of it.
+"""
+
+from embkit.recipe.data import Data, Dedup, Filter, Tokenizer
+from embkit.recipe.files import (
+    apply_override,
+    builtin,
+    from_table,
+    load,
+    read_table,
+    save,
+    to_table,
+)
+from embkit.recipe.mine import Dynamic, Rules
+from embkit.recipe.model import Model
+from embkit.recipe.train import Part, Train, Watch
+from embkit.recipe.whole import Evaluate, Recipe, Soup
+
+__all__ = [
+    "Data",
+    "Dedup",
+    "Dynamic",
+    "Evaluate",
+    "Filter",
+    "Model",
+    "Part",
+    "Recipe",
+    "Rules",
+    "Soup",
+    "Tokenizer",
+    "Train",
+    "Watch",
+    "apply_override",
+    "builtin",
+    "from_table",
+    "load",
+    "read_table",
+    "save",
+    "to_table",
+]

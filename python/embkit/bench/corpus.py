@@ -1,8 +1,9 @@
 """What the benches run on: real text and real vectors, built once by benches/data/make.py.
 
 `EMBKIT_REAL_DATA` names a folder of the user's own (``texts.jsonl`` with a ``text`` column,
-``vectors.npy`` float32 [n, d]); without it the cache folder of benches/data/make.py is used. With
-``--quick`` the bundled demo text stands in, and seeded vectors with clusters.
+``pairs.jsonl`` with ``query`` and ``positive``, ``vectors.npy`` float32 [n, d]); without it the
+cache folder of benches/data/make.py is used. With ``--quick`` the bundled demo text stands in, and
+seeded vectors with clusters.
 """
 
 from __future__ import annotations
@@ -45,6 +46,16 @@ def texts(quick: bool) -> tuple[str, ...]:
     path = _need("texts.jsonl")
     with path.open(encoding="utf-8") as handle:
         return tuple(json.loads(line)["text"] for line in handle)
+
+
+def pairs_of_text(quick: bool) -> list[dict[str, str]]:
+    """Real pairs of ``query`` and ``positive``, distinct on both sides; the demo's when quick."""
+    if quick:
+        found = {row["positive"]: row["query"] for row in demo_rows("retrieval")}
+        found = dict(zip(found.values(), found, strict=True))
+        return [{"query": q, "positive": p} for q, p in found.items()]
+    with _need("pairs.jsonl").open(encoding="utf-8") as handle:
+        return [json.loads(line) for line in handle]
 
 
 def demo_rows(task: str) -> list[dict[str, str]]:

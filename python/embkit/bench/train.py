@@ -164,22 +164,18 @@ def _agree(a: list[float], b: list[float], who: str, limit: float) -> None:
 
 
 def _pairs(count: int, small: bool) -> list[dict[str, str]]:
-    """Distinct pairs: a text and its first eight words; or the demo's pairs when small."""
-    if small:
-        rows = {row["positive"]: row["query"] for row in corpus.demo_rows("retrieval")}
-        found = dict(zip(rows.values(), rows, strict=True))
-    else:
-        found = {" ".join(text.split()[:8]): text for text in corpus.texts(False)}
+    """Distinct pairs: titles and texts of mixed lengths, or the demo's pairs when small."""
+    found = corpus.pairs_of_text(small)
     if len(found) < count:
         raise corpus.NotBuilt(f"{count} distinct pairs are needed, the corpus has {len(found)}")
-    return [{"query": q, "positive": p} for q, p in list(found.items())[:count]]
+    return found[:count]
 
 
 def step(quick: bool) -> Case:
     """Steps of 256 pairs of mixed lengths, MRL of three widths."""
     work = Work(
         _QUICK if quick else _SIZES, batch_size=64 if quick else 256, steps=15 if quick else 4,
-        round_=5 if quick else 1, max_length=96 if quick else 256, small=quick,
+        round_=5 if quick else 1, max_length=96 if quick else 192, small=quick,
     )  # fmt: skip
     return work.case(_PEERS, name="train.step", unit="tokens/s", goal=">= 2.5x")
 
@@ -198,7 +194,7 @@ def gradcache(quick: bool) -> Case:
     """One batch of 2048 pairs a step in chunks of 32, MRL of three widths."""
     work = Work(
         _QUICK if quick else _SIX, batch_size=256 if quick else 2048, steps=3,
-        round_=1, max_length=96 if quick else 128, small=quick, chunk=32,
+        round_=1, max_length=96 if quick else 192, small=quick, chunk=32,
     )  # fmt: skip
     peers = {"sentence-transformers, cached": "st-cached"}
     return work.case(peers, name="train.gradcache", unit="tokens/s", goal=">= 2x")

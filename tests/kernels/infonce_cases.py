@@ -7,7 +7,14 @@ from torch import Tensor
 
 
 def problem(
-    rng: torch.Generator, batch: int, columns: int, width: int, *, hard: str = "", jagged: int = 0
+    rng: torch.Generator,
+    batch: int,
+    columns: int,
+    width: int,
+    *,
+    hard: str = "",
+    queries: bool = False,
+    jagged: int = 0,
 ) -> dict[str, Any]:
     """Related random vectors with colliding ids, padding and uneven norms, in float64."""
 
@@ -40,6 +47,8 @@ def problem(
         out["positive_index"] = torch.cat(
             [torch.randperm(columns, generator=rng)[:c] for c in count.tolist()]
         )
+    if queries:
+        out["hard_query_ids"] = ids(batch, *out["hard_ids"].shape)
     return out
 
 
@@ -72,11 +81,11 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "plain": ({}, {}),
     "private_hard": ({"hard": "private"}, {}),
     "shared_hard": ({"hard": "shared"}, {}),
-    "gecko": ({"hard": "private"}, {"same_tower": True}),
+    "gecko": ({"hard": "private", "queries": True}, {"same_tower": True}),
     "qwen3": ({"hard": "private"}, {"same_tower": True, "doc_doc": True, "margin": 0.1}),
     "gemini1": ({"hard": "private"}, {"include_positive": False}),
     "gemma": ({"hard": "private"}, {"hardness_alpha": 5.0, "margin": 0.05}),
-    "gemma_shared": ({"hard": "shared"}, {"hardness_alpha": 5.0}),
+    "gemma_shared": ({"hard": "shared", "queries": True}, {"hardness_alpha": 5.0}),
     "conan": ({"hard": "private"}, {"in_batch": False}),
     "symmetric": ({"hard": "private"}, {"symmetric": True, "same_tower": True, "margin": 0.2}),
     "symmetric_doc": ({}, {"symmetric": True, "doc_doc": True}),

@@ -316,6 +316,7 @@ def test_frozen_sides_get_no_gradient(rng: torch.Generator) -> None:
         ({"hard": torch.ones(2, 1, 4)}, ValueError, "2 rows"),
         ({"hard": torch.ones(3, 1, 5)}, ValueError, "5 wide"),
         ({"hard": torch.ones(3, 1, 4), "hard_ids": IDS[:, None]}, ValueError, "pass both"),
+        ({"hard": torch.ones(1, 4), "hard_query_ids": IDS[:1]}, ValueError, "query_ids"),
         ({"row_weights": torch.ones(2)}, ValueError, "3 rows"),
         ({"dim_weights": (1.0, 1.0)}, ValueError, "dims has 1"),
         ({"positive_offsets": torch.arange(4)}, ValueError, "needs positive_index"),

@@ -184,9 +184,9 @@ def test_margin_drops_the_same_candidates_twice(seed: int, tiny: None) -> None:
 
 def test_wide_ids_are_told_apart(tiny: None, rng: torch.Generator) -> None:
     """int64 ids that differ in their upper half, negative ones padding: the same bits as small."""
-    values = single(problem(rng, 11, 13, 16, hard="private"))
+    values = single(problem(rng, 11, 13, 16, hard="private", queries=True))
     wide = dict(values)
-    for name in ("query_ids", "passage_ids", "passage_query_ids", "hard_ids"):
+    for name in ("query_ids", "passage_ids", "passage_query_ids", "hard_ids", "hard_query_ids"):
         ids = values[name].long()
         wide[name] = torch.where(ids < 0, ids * (1 << 40), ids << 33)
     want, got = (gradients(infonce, v, same_tower=True) for v in (values, wide))
@@ -325,7 +325,7 @@ def leaves_of(rng: torch.Generator) -> list[Tensor]:
 def test_opcheck(tiny: None, rng: torch.Generator) -> None:
     """Schema, fakes and autograd registration hold for what Triton returns."""
     leaves, ids = leaves_of(rng), torch.tensor([0, 1, 1, 2, 3, 4])
-    keys = (torch.arange(6), None, ids, ids + 1, ids + 2, None, None, None)
+    keys = (torch.arange(6), None, ids, ids + 1, ids + 2, None, None, None, None)
     rest = ([2, 16], *keys, True, True, True, False, 0.5, 0.1)
     utils = ("test_schema", "test_faketensor", "test_autograd_registration")
     torch.library.opcheck(infonce_forward, (*leaves, *rest), test_utils=utils)

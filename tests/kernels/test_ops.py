@@ -163,9 +163,19 @@ def test_opcheck(rng: torch.Generator) -> None:
     q, p, hard = (torch.randn(*s, 6, generator=rng) for s in ((4,), (4,), (4, 2)))
     leaves = [t.requires_grad_() for t in (q, p, hard, torch.tensor(0.1))]
     options = (True, True, True, False, 0.5, 0.1)
-    keys = (torch.arange(4), None, ids, ids + 1, ids + 2, None, None, None)
+    keys = (torch.arange(4), None, ids, ids + 1, ids + 2, None, None, None, None)
     torch.library.opcheck(infonce_forward, (*leaves, [2, 6], *keys, *options))
-    jagged = (torch.arange(4), torch.tensor([0, 2, 2, 3, 4]), None, ids, None, None, None, None)
+    jagged = (
+        torch.arange(4),
+        torch.tensor([0, 2, 2, 3, 4]),
+        None,
+        ids,
+        None,
+        None,
+        None,
+        None,
+        None,
+    )
     plain = (False, True, False, False, 0.0, None)
     torch.library.opcheck(infonce_forward, (q, p, None, leaves[3], [6], *jagged, *plain))
     weights = torch.rand(2, 4, generator=rng, requires_grad=True)

@@ -23,6 +23,7 @@ def infonce(
     passage_ids: Tensor | None = None,
     passage_query_ids: Tensor | None = None,
     hard_ids: Tensor | None = None,
+    hard_query_ids: Tensor | None = None,
     passage_mask: Tensor | None = None,
     hard_mask: Tensor | None = None,
     positive_index: Tensor | None = None,
@@ -60,6 +61,8 @@ def infonce(
             `positive_index`.
         hard_ids: identity of hard negatives [B, H] or [M]; dropped when equal to a positive's
             passage id (so it needs `passage_ids`).
+        hard_query_ids: identity of the query of each hard negative, where it is the positive of
+            one, shaped as `hard_ids`; dropped when equal to query_ids[i].
         passage_mask: bool [N], False for padding passages that are nobody's negative.
         hard_mask: bool [B, H] or [M], False for padding.
         positive_index: int64 or int32 [B] (default 0..B-1), or with `positive_offsets` a jagged
@@ -118,6 +121,8 @@ def infonce(
         raise ValueError(f"{batch} queries but {columns} passages; give positive_index")
     if hard_ids is not None and (passage_ids is None or hard is None):
         raise ValueError("hard_ids are compared with passage_ids of the positives: pass both")
+    if hard_query_ids is not None and (query_ids is None or hard is None):
+        raise ValueError("hard_query_ids are compared with query_ids: pass both, and hard")
     if hard_mask is not None and hard is None:
         raise ValueError("hard_mask without hard")
     if query_ids is not None and passage_query_ids is None:
@@ -130,6 +135,7 @@ def infonce(
         ("passage_ids", passage_ids, (columns,)),
         ("passage_query_ids", passage_query_ids, (columns,)),
         ("hard_ids", hard_ids, hard_shape),
+        ("hard_query_ids", hard_query_ids, hard_shape),
         ("passage_mask", passage_mask, (columns,)),
         ("hard_mask", hard_mask, hard_shape),
     ):
@@ -153,6 +159,7 @@ def infonce(
         passage_ids=passage_ids,
         passage_query_ids=passage_query_ids,
         hard_ids=hard_ids,
+        hard_query_ids=hard_query_ids,
         passage_mask=None if passage_mask is None else passage_mask.bool(),
         hard_mask=None if hard_mask is None else hard_mask.bool(),
         include_positive=include_positive,

@@ -33,6 +33,7 @@ def infonce_naive(
     passage_ids: Tensor | None = None,
     passage_query_ids: Tensor | None = None,
     hard_ids: Tensor | None = None,
+    hard_query_ids: Tensor | None = None,
     passage_mask: Tensor | None = None,
     hard_mask: Tensor | None = None,
     positive_index: Tensor | None = None,
@@ -83,7 +84,9 @@ def infonce_naive(
             private = hard.dim() == 3
             h = hard[i] if private else hard
             ids = hard_ids[i] if hard_ids is not None and private else hard_ids
-            drop = torch.zeros(len(h), dtype=torch.bool)
+            theirs = hard_query_ids
+            theirs = theirs[i] if theirs is not None and private else theirs
+            drop = _same(query_ids, i, theirs, len(h))
             for m in own:
                 drop = drop | _same(passage_ids, int(m), ids, len(h))
             if hard_mask is not None:

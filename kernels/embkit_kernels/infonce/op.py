@@ -21,11 +21,11 @@ from .problem import Problem
 
 _PROBLEM_SCHEMA = (
     "int[] dims, Tensor positive_index, Tensor? positive_offsets, Tensor? query_ids,"
-    " Tensor? passage_ids, Tensor? passage_query_ids, Tensor? hard_ids, Tensor? passage_mask,"
-    " Tensor? hard_mask, bool include_positive, bool in_batch, bool same_tower, bool doc_doc,"
-    " float hardness_alpha, float? margin"
+    " Tensor? passage_ids, Tensor? passage_query_ids, Tensor? hard_ids, Tensor? hard_query_ids,"
+    " Tensor? passage_mask, Tensor? hard_mask, bool include_positive, bool in_batch,"
+    " bool same_tower, bool doc_doc, float hardness_alpha, float? margin"
 )
-_FIELDS = 15
+_FIELDS = 16
 
 
 def _problem(fields: tuple[Any, ...]) -> Problem:

@@ -23,6 +23,7 @@ class Problem:
     passage_ids: Tensor | None = None
     passage_query_ids: Tensor | None = None
     hard_ids: Tensor | None = None
+    hard_query_ids: Tensor | None = None
     passage_mask: Tensor | None = None
     hard_mask: Tensor | None = None
     include_positive: bool = True
@@ -88,6 +89,7 @@ class Masks:
         self.passage_query = as_columns(problem.passage_query_ids)
         self.passage = as_columns(problem.passage_ids)
         self.hard = as_columns(problem.hard_ids)
+        self.hard_query = as_columns(problem.hard_query_ids)
         self.key: Tensor | None = None
         if problem.passage_ids is not None:
             key = problem.passage_ids.index_select(0, padded.reshape(-1)).reshape(padded.shape)
@@ -103,11 +105,15 @@ class Masks:
                 mask = join(mask, self.key[rows, m, None] == columns)
         return mask
 
+    def _same_query(self, rows: slice, columns: Tensor | None) -> Tensor | None:
+        """True where a column has the key of the row's query."""
+        if self.query_row is None or columns is None:
+            return None
+        return self.query_row[rows, None] == columns
+
     def passages(self, rows: slice) -> tuple[Tensor | None, Tensor]:
         """Candidates [N]: own positives by index, then equal query or passage keys, padding."""
-        mask = None
-        if self.query_row is not None and self.passage_query is not None:
-            mask = self.query_row[rows, None] == self.passage_query
+        mask = self._same_query(rows, self.passage_query)
         mask = join(mask, self._same_passage(rows, self.passage))
         if self.no_passage is not None:
             batch = self.positives[rows].shape[0]
@@ -116,22 +122,22 @@ class Masks:
 
     def queries(self, rows: slice) -> tuple[Tensor | None, Tensor]:
         """Candidates [B] of the same tower: itself by index, then equal query or positive keys."""
-        mask = None
-        if self.query_row is not None and self.query_column is not None:
-            mask = self.query_row[rows, None] == self.query_column
+        mask = self._same_query(rows, self.query_column)
         if self.key is not None:
             for m in range(self.key.shape[1]):
                 mask = join(mask, self._same_passage(rows, as_columns(self.key[:, m])))
         return mask, self.own[rows]
 
     def private_hard(self, rows: slice) -> tuple[Tensor | None, None]:
-        """Own hard negatives [B, H]: those with the key of a positive, and padding."""
-        mask = self._same_passage(rows, None if self.hard is None else self.hard[rows])
+        """Own hard negatives [B, H]: those with a key of the row, and padding."""
+        own, query = (None if x is None else x[rows] for x in (self.hard, self.hard_query))
+        mask = join(self._same_query(rows, query), self._same_passage(rows, own))
         return join(mask, None if self.no_hard is None else self.no_hard[rows].clone()), None
 
     def shared_hard(self, rows: slice) -> tuple[Tensor | None, None]:
         """Hard negatives [M] that stand against every row."""
-        mask = self._same_passage(rows, self.hard)
+        mask = self._same_query(rows, self.hard_query)
+        mask = join(mask, self._same_passage(rows, self.hard))
         if self.no_hard is not None:
             batch = self.positives[rows].shape[0]
             mask = join(mask, self.no_hard.expand(batch, -1).clone())

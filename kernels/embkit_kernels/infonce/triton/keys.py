@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..._common import add_rows_
-from ..problem import NO_COLUMN, NO_ROW, Problem, as_columns, as_rows
+from ..problem import NO_COLUMN, NO_ROW, Problem, as_columns, as_rows, join
 
 _UNIQUE = -3
 """Keys of things without an id count down from here, past `NO_ROW` and `NO_COLUMN`."""
@@ -39,7 +39,9 @@ class Keys:
         """row [nnz]: the row of each positive when they are jagged."""
         index, offsets = problem.positive_index, problem.positive_offsets
         self.batch, self.of_positive = batch, row
-        query, passage_query = dense(problem.query_ids, problem.passage_query_ids)
+        query, passage_query, hard_query = dense(
+            problem.query_ids, problem.passage_query_ids, problem.hard_query_ids
+        )
         passage, hard = dense(problem.passage_ids, problem.hard_ids)
         own_place = torch.arange(batch, device=index.device, dtype=torch.int32)
         if row is not None:
@@ -49,29 +51,37 @@ class Keys:
         unique = _UNIQUE - torch.arange(columns, device=index.device, dtype=torch.int32)
         column = unique if passage is None else torch.where(passage >= 0, passage, unique)
         self.own = column.index_select(0, index)
-        self.hard = as_columns(hard)
+        self.hard, self.hard_query = as_columns(hard), as_columns(hard_query)
+        self.query = as_rows(query)
         both = query is not None and passage_query is not None
         self.passages = BankKeys(
             self.own,
             column,
             start,
-            row_query=as_rows(query) if both else None,
+            row_query=self.query if both else None,
             column_query=as_columns(passage_query) if both else None,
         )
         # Two queries that share a positive without an id are still each other's negatives.
         self_key = _UNIQUE - own_place
         if passage is not None:
             self_key = torch.where(self.own >= 0, self.own, self_key)
-        self.queries = BankKeys(self_key, self_key, start, start, as_rows(query), as_columns(query))
+        self.queries = BankKeys(self_key, self_key, start, start, self.query, as_columns(query))
 
     def shared_hard(self, count: int) -> BankKeys:
         """Hard negatives [M] that stand against every row."""
         hard = self.own.new_full((count,), NO_COLUMN) if self.hard is None else self.hard
         start = self.passages.row_start
-        return BankKeys(self.own, hard, start)
+        query = None if self.hard_query is None else self.query
+        return BankKeys(self.own, hard, start, row_query=query, column_query=self.hard_query)
 
     def drops_private_hard(self) -> Tensor | None:
-        """[B, H], True where a row's own hard negative has a key of a positive of the row."""
+        """[B, H], True where a row's own hard negative has a key of the row."""
+        query = None
+        if self.query is not None and self.hard_query is not None:
+            query = self.query[:, None] == self.hard_query
+        return join(query, self._drops_own_passage())
+
+    def _drops_own_passage(self) -> Tensor | None:
         if self.hard is None:
             return None
         if self.of_positive is None:

@@ -58,25 +58,32 @@ def own_ranks(*counts: int) -> tuple[Part, ...]:
     return tuple(dataclasses.replace(p, ranks=n) for p, n in zip(BALANCED, counts, strict=True))
 
 
-# By name of the way: settings, and the numbers of ranks it is run on.
-WAYS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
-    "retrieval": ({"tasks": {"retrieval": 1.0}}, (1, 2, 4)),
-    "mixed": ({"hard_negatives": 0, "ema": 0.5}, (1, 2, 4)),
-    "nothing-kept": ({"tasks": {"retrieval": 1.0}, "graph_memory": 0.0}, (2,)),
-    "accumulate": ({"accumulate": 2}, (1, 2)),
-    "balanced": ({"parts": BALANCED}, (1, 2, 4)),
-    "balanced-apart-2": ({"parts": own_ranks(1, 1)}, (2,)),
-    "balanced-apart-4": ({"parts": own_ranks(3, 1)}, (1, 4)),
-    "shard": ({"tasks": {"retrieval": 1.0}, "sharding": "shard"}, (2, 4) if FULL else (2,)),
-    "shard-offload": (
-        {"sharding": "shard", "cpu_offload": True, "hard_negatives": 0, "ema": 0.5},
-        (2,),
-    ),
-    "hybrid": ({"tasks": {"retrieval": 1.0}, "sharding": "hybrid", "shard_ranks": 2}, (4,)),
+RETRIEVAL: dict[str, Any] = {"tasks": {"retrieval": 1.0}}
+SHARD: dict[str, Any] = {**RETRIEVAL, "sharding": "shard"}
+EMA: dict[str, Any] = {"hard_negatives": 0, "ema": 0.5}
+# By name of the way: settings, the numbers of ranks it is run on, and those of a full test run.
+EVERY: dict[str, tuple[dict[str, Any], tuple[int, ...], tuple[int, ...]]] = {
+    "retrieval": (RETRIEVAL, (1, 2, 4), ()),
+    "mixed": (EMA, (1, 2), (4,)),
+    "ring": ({**RETRIEVAL, "gather": "ring"}, (2, 4), ()),
+    "nothing-kept": ({**RETRIEVAL, "graph_memory": 0.0}, (2,), ()),
+    "accumulate": ({"accumulate": 2}, (1, 2), ()),
+    "accumulate-ring": ({"accumulate": 2, "gather": "ring"}, (), (2, 4)),
+    "balanced": ({"parts": BALANCED}, (1, 2), (4,)),
+    "balanced-apart-2": ({"parts": own_ranks(1, 1)}, (), (2,)),
+    "balanced-apart-4": ({"parts": own_ranks(3, 1)}, (1, 4), ()),
+    "shard": (SHARD, (2,), (4,)),
+    "shard-ring": ({**SHARD, "gather": "ring"}, (), (2, 4)),
+    "shard-offload": ({"sharding": "shard", "cpu_offload": True, **EMA}, (), (2,)),
+    "shard-bf16": ({**SHARD, "precision": "bf16"}, (), (2, 4)),
+    "bf16": ({**RETRIEVAL, "precision": "bf16"}, (), (1, 2)),
+    "hybrid": ({**SHARD, "sharding": "hybrid", "shard_ranks": 2}, (), (4,)),
 }
-if FULL:
-    shard = {"tasks": {"retrieval": 1.0}, "sharding": "shard"}
-    WAYS["shard-bf16"] = ({**shard, "precision": "bf16"}, (2,))
+WAYS = {
+    way: (settings, worlds + more if FULL else worlds)
+    for way, (settings, worlds, more) in EVERY.items()
+}
+MOVES = ("all_gather_into_tensor", "reduce_scatter_tensor", "batch_isend_irecv")
 
 
 def train(store: Store, model: Path, settings: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
@@ -97,6 +104,10 @@ def train(store: Store, model: Path, settings: dict[str, Any], ranks: Ranks) -> 
         return update(rate)
 
     optimizer.step = watched  # type: ignore[method-assign]
+    moves = dict.fromkeys(MOVES, 0)
+    real = {name: getattr(dist, name) for name in MOVES}
+    for name in MOVES:
+        setattr(dist, name, counted(moves, name, real[name]))
     step = Step(encoder, config, optimizer, ranks=ranks, weights=weights, parts=steps.count)
     for batch in steps.stream(0, config.steps, threads=1, device=torch.device("cpu")):
         done = step.run(batch, Clock(Profile()))
@@ -105,6 +116,9 @@ def train(store: Store, model: Path, settings: dict[str, Any], ranks: Ranks) -> 
         found.setdefault("examples", []).append(
             sorted(int(e) for part in (batch, *batch.others) for e in part.filled.examples)
         )
+    for name in MOVES:
+        setattr(dist, name, real[name])
+    found["moves"] = [moves[name] / config.steps for name in MOVES]
     state = whole_state(encoder)
     tensors, count = optimizer.tensors()
     # What was saved loads again, here too.
@@ -118,8 +132,21 @@ def train(store: Store, model: Path, settings: dict[str, Any], ranks: Ranks) -> 
     return {**found, **{f"weight.{k}": v for k, v in state.items()}}
 
 
+def counted(moves: dict[str, int], name: str, real: Callable[..., Any]) -> Callable[..., Any]:
+    def move(*args: Any, **options: Any) -> Any:
+        moves[name] += 1
+        return real(*args, **options)
+
+    return move
+
+
 def fork(worlds: int, work: Callable[[int], None]) -> list[int]:
     """Exit codes of ranks that do ``work``; -9 for one that had to be killed."""
+    return ended(start(worlds, work))
+
+
+def start(worlds: int, work: Callable[[int], None]) -> list[int]:
+    """Process ids of ranks that do ``work``."""
     children = []
     for rank in range(worlds):
         pid = os.fork()
@@ -134,6 +161,10 @@ def fork(worlds: int, work: Callable[[int], None]) -> list[int]:
                 sys.stderr.flush()
                 os._exit(code)
         children.append(pid)
+    return children
+
+
+def ended(children: list[int]) -> list[int]:
     return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children]
 
 
@@ -163,8 +194,8 @@ def all_ways(store: Store, model: Path, out: Path, world: int) -> Callable[[int]
     return work
 
 
-def lost(store: Store, model: Path, out: Path, how: str) -> None:
-    """Two ranks as a launcher starts them; the second is lost at its third forward."""
+def lost(store: Store, model: Path, out: Path, how: str) -> list[int]:
+    """Two ranks as a launcher starts them; the second is lost at its third forward. Their ids."""
     pids = out / f"{how}-pid"
 
     def work(rank: int) -> None:
@@ -196,7 +227,7 @@ def lost(store: Store, model: Path, out: Path, how: str) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    (out / f"{how}-codes.json").write_text(json.dumps(fork(2, work)))
+    return start(2, work)
 
 
 def main() -> None:
@@ -208,11 +239,12 @@ def main() -> None:
     for name in ("torch.distributed.fsdp", "torch.distributed.tensor"):
         importlib.import_module(name)
     all_ways(store, model, out, 1)(0)  # here: what it imports, the forks have
+    waiting = {how: lost(store, model, out, how) for how in ("kill", "stop")}
     for world in (2, 4):
         codes = fork(world, all_ways(store, model, out, world))
         assert codes == [0] * world, (world, codes)
-    for how in ("kill", "stop"):
-        lost(store, model, out, how)
+    for how, children in waiting.items():
+        (out / f"{how}-codes.json").write_text(json.dumps(ended(children)))
 
 
 if __name__ == "__main__":

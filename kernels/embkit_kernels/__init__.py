@@ -8,7 +8,7 @@ kernel. `EMBKIT_KERNELS=auto|triton|ref` chooses. Triton is optional; importing 
 from ._dispatch import KernelUnavailableError, provider
 from .cosent import cosent, cosent_naive, prefix_cosine
 from .distill import embedding_distill, embedding_distill_naive
-from .infonce import infonce, infonce_naive, value_and_grads
+from .infonce import infonce, infonce_naive, infonce_ring, value_and_grads
 from .mean_pool import cls_pool, last_token_pool, mean_pool, mean_pool_ref
 from .similarity import mrl_similarity, mrl_similarity_naive
 from .spread_out import spread_out, spread_out_naive
@@ -22,6 +22,7 @@ __all__ = [
     "embedding_distill_naive",
     "infonce",
     "infonce_naive",
+    "infonce_ring",
     "last_token_pool",
     "mean_pool",
     "mean_pool_ref",

@@ -2,8 +2,8 @@
 
 Ranks are forked from a process that has everything imported. Runs, each with its own OUT/NAME:
 "one" in one process; "two", "shard" on two ranks; "stopped-2" on two ranks, preempted after step 4
-by a SIGTERM to the second rank; "again-2", the same directory on two ranks; and "elastic", stopped
-on two ranks and finished by one.
+by a SIGTERM to the second rank; "again-2", the same directory on two ranks; "elastic", stopped
+on two ranks and finished by one; and "cut", whose ranks are parted in step 5 and start again.
 """
 
 from __future__ import annotations
@@ -12,15 +12,18 @@ import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import own_network
 import ranks_driver
 import torch
 
 from embkit.data import Store
-from embkit.errors import Preempted
+from embkit.errors import EmbkitError, Preempted
 from embkit.model import Encoder
 from embkit.recipe import Train, Watch
 from embkit.train import Callback, loop
@@ -29,6 +32,9 @@ SETTINGS: dict[str, Any] = {
     "steps": 10, "batch_size": 14, "token_budget": 60, "temperature": 0.05, "lr": 1e-3,
     "warmup_ratio": 0.0, "checkpoint_every": 3, "tasks": {"retrieval": 3.0, "sts": 1.0},
 }  # fmt: skip
+
+
+CUTS = ("cut", "cut-silently") if ranks_driver.FULL else ("cut",)
 
 
 class Calls(Callback):
@@ -85,10 +91,50 @@ def main() -> None:
         }
         (out / f"told-{rank}.json").write_text(json.dumps(found))
 
+    reason = own_network.missing()
+    waiting = {} if reason else {way: parted(store, model, out, way) for way in CUTS}
     codes = fork(2, on_two)
     assert codes == [0, 0], codes
+    told["cut"] = {"missing": reason}
+    for way, children in waiting.items():
+        told["cut"][way] = ranks_driver.ended(children)
+
+    def again_on_two(rank: int) -> None:
+        ranks_driver.meet(out, "meet-again", rank, 2)
+        for way in waiting:
+            run(store, model, out / way)
+
+    assert not waiting or fork(2, again_on_two) == [0, 0]
     told["elastic"] = run(store, model, out / "elastic")
     (out / "told.json").write_text(json.dumps(told))
+
+
+def parted(store: Store, model: Path, out: Path, way: str) -> list[int]:
+    """Two ranks in networks of their own, whose cable the second cuts in step 5; their ids."""
+
+    def work(rank: int) -> None:
+        os.environ.update(
+            RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_PORT="29400",
+            MASTER_ADDR=own_network.address(0),
+        )  # fmt: skip
+        real, at = loop.Step.run, out / f"{way}-at"
+
+        def cut(self: Any, batch: Any, clock: Any) -> Any:
+            if rank == 1 and batch.step + 1 == 5:
+                at.write_text(str(time.monotonic()))
+                own_network.cut(silently=way == "cut-silently")
+            return real(self, batch, clock)
+
+        loop.Step.run = cut  # type: ignore[method-assign]
+        try:
+            run(store, model, out / way, rank_timeout=ranks_driver.TIMEOUT)
+        except EmbkitError as error:
+            seconds = time.monotonic() - float(at.read_text())
+            told = {"error": str(error), "seconds": seconds}
+            (out / f"{way}-{rank}.json").write_text(json.dumps(told))
+            os._exit(3)
+
+    return own_network.start(work, partial(ranks_driver.start, 2))
 
 
 def fork(world: int, work: Callable[[int], None]) -> list[int]:

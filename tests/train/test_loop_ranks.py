@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ranks_driver
 import torch
 
 from embkit.data import Store
@@ -75,6 +76,26 @@ def test_a_stopped_run_of_two_ranks_resumes_bit_for_bit(out: Path) -> None:
     for name in two.optimizer:
         assert torch.equal(one.optimizer[name], two.optimizer[name]), name
     assert not list(out.glob(".partial-*"))
+
+
+@pytest.mark.parametrize("way", ["cut", "cut-silently"])
+def test_ranks_that_are_parted_say_so_and_resume_bit_for_bit(out: Path, way: str) -> None:
+    """P9: their cable is pulled (or loses every packet) in step 5 of 10."""
+    told = json.loads((out / "told.json").read_text())["cut"]
+    if told["missing"]:
+        pytest.skip(told["missing"])
+    if way not in told:
+        pytest.skip("full test run")
+    assert told[way] == [3, 3]
+    for rank in range(2):
+        said = json.loads((out / f"{way}-{rank}.json").read_text())
+        print(way, rank, said)
+        assert "Another rank did not answer" in said["error"]
+        assert f"rank {rank} of 2" in said["error"]
+        assert said["seconds"] < ranks_driver.TIMEOUT + 10
+    assert (out / way / "log.jsonl").read_bytes() == (out / "whole/log.jsonl").read_bytes()
+    one, two = (load(out / n / "checkpoints/step-000010") for n in (way, "whole"))
+    assert one.state["sha256"] == two.state["sha256"]
 
 
 def test_checkpoints_of_two_ranks_are_read_by_one(out: Path) -> None:

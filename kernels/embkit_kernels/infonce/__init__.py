@@ -1,4 +1,4 @@
-"""InfoNCE over matryoshka widths: `infonce`, `value_and_grads`, and the specification.
+"""InfoNCE over matryoshka widths: `infonce`, `value_and_grads`, `infonce_ring`; its specification.
 
 `naive` is the specification, `chunked` the torch reference with its closed-form backward, `op` the
 custom ops, `functional` what users call. Kernels of a later day sit beside `chunked`.
@@ -6,5 +6,6 @@ custom ops, `functional` what users call. Kernels of a later day sit beside `chu
 
 from .functional import infonce, value_and_grads
 from .naive import infonce_naive
+from .ring import infonce_ring
 
-__all__ = ["infonce", "infonce_naive", "value_and_grads"]
+__all__ = ["infonce", "infonce_naive", "infonce_ring", "value_and_grads"]

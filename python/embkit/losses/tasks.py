@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -17,12 +17,17 @@ class Share(Protocol):
 
     start: int
     world: int
+    rows: int
+    ring: bool
 
     def gather(self, x: torch.Tensor, *columns: torch.Tensor) -> list[torch.Tensor]:
         """Rows of every rank, differentiable; then, bool, whether a place has one."""
 
     def gather_own(self, x: torch.Tensor, *columns: torch.Tensor) -> list[torch.Tensor]:
         """The same with a gradient for own rows only."""
+
+    def pass_on(self, tensor: torch.Tensor, *, back: bool = False) -> Callable[[], torch.Tensor]:
+        """To a neighbour, while the like comes from the other one."""
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """Over ranks."""
@@ -103,6 +108,21 @@ def compute(
     if share is None:
         options = {"passage_ids": positive_key, "row_weights": weight}
         p_ND = p_BD
+    elif in_batch and share.ring:
+        loss, per_dim = kernels.infonce_ring(
+            q_BD,
+            p_BD,
+            dims,
+            ring=share,
+            query_ids=query_key,
+            passage_ids=positive_key,
+            row_weights=_shares(weight, share.sum(weight.sum())),
+            hard=side(hard) if own else None,
+            hard_ids=sides.hard_key.to(device) if own else None,
+            hard_mask=sides.hard_mask.to(device) if own else None,
+            temperature=config.temperature,
+        )
+        return Outcome(loss=loss, per_dim=per_dim)
     elif in_batch:
         # Own rows against the passages of all ranks. Rows are weighed by the sum over ranks.
         p_ND, keys, query_keys, weights, there = share.gather(p_BD, positive_key, query_key, weight)

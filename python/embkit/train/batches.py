@@ -187,7 +187,8 @@ class Steps:
         }
 
         def share(size: int) -> Share | None:
-            return None if ranks.world == 1 else Share(team, size)
+            ring = config.gather == "ring"
+            return None if ranks.world == 1 else Share(team, size, ring=ring)
 
         self._all: list[_Stream] = []
         if parts:

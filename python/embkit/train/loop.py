@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 REFRESH = "refresh"  # folder of a run that is gone when it is published
 _FREE = (
     "data_threads", "log_every", "checkpoint_every", "keep_checkpoints", "watch", "graph_memory",
-    "sharding", "shard_ranks", "cpu_offload", "rank_timeout",
+    "sharding", "shard_ranks", "cpu_offload", "gather", "rank_timeout",
 )  # fmt: skip
 
 

@@ -145,13 +145,15 @@ class Share:
 
     Args:
         ranks: that share it. batch_size: its rows; each rank has ``ceil`` or ``floor`` of its part.
+        ring: passages go around block by block; otherwise every rank gathers those of all.
 
     Attributes:
         world: ranks. rows: places of each in what is gathered. start: of this rank's first.
     """
 
-    def __init__(self, ranks: Ranks, batch_size: int) -> None:
+    def __init__(self, ranks: Ranks, batch_size: int, *, ring: bool = False) -> None:
         self.ranks, self.world, self.batch_size = ranks, ranks.world, batch_size
+        self.ring = ring
         self.rows = -(-batch_size // ranks.world)
         self.start = ranks.rank * self.rows
 
@@ -171,6 +173,27 @@ class Share:
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """Sum over the ranks, in place."""
         return self.ranks.sum(values)
+
+    def pass_on(self, tensor: torch.Tensor, *, back: bool = False) -> Callable[[], torch.Tensor]:
+        """Send a tensor to the rank before, or back to the one after, while the like comes in from
+        the other neighbour; what is returned waits for both, and gives what came."""
+        tensor = tensor.contiguous()
+        came, group, step = torch.empty_like(tensor), self.ranks.group, 1 if back else -1
+        peers = [(self.ranks.rank + way) % self.world for way in (step, -step)]
+        swap = [
+            dist.P2POp(dist.isend, tensor, group=group, group_peer=peers[0]),
+            dist.P2POp(dist.irecv, came, group=group, group_peer=peers[1]),
+        ]
+        with answered():
+            works = dist.batch_isend_irecv(swap)
+
+        def arrived() -> torch.Tensor:
+            with answered():
+                for work in works:
+                    work.wait()
+            return came
+
+        return arrived
 
     def gather_own(self, x: torch.Tensor, *columns: torch.Tensor) -> list[torch.Tensor]:
         """As :meth:`gather` for a loss that every rank computes whole: only own rows have a

@@ -13,14 +13,17 @@ from embkit.data.loader import Store
 from embkit.data.records import Records, read
 from embkit.data.tables import Examples, Texts
 from embkit.data.tokenize import tokenize
+from embkit.recipe.tasks import Conversion, Task
 
 __all__ = [
     "Batches",
+    "Conversion",
     "Examples",
     "FilterRules",
     "Records",
     "ScoreFilter",
     "Store",
+    "Task",
     "Texts",
     "append",
     "dedup",

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,11 @@ import numpy as np
 
 from embkit import _rust, container
 from embkit.data import sources as src
+from embkit.data.convert import Counts
 from embkit.data.tables import Examples, Texts, concatenate, from_builder
 from embkit.errors import CorruptError, UsageError
 from embkit.progress import bar
+from embkit.recipe.tasks import Conversion, Task
 from embkit.stage import check_files, local, stage
 
 KIND = "embkit.records"
@@ -116,7 +118,7 @@ class Records:
             ) as work:
                 if not work.done:
                     parsed = self._parse(work.dir) if parsed is None else parsed.move(work.dir)
-                    self._publish(parsed.content, work)
+                    self._publish(parsed, work)
         return Records.open(out)
 
     @contextmanager
@@ -139,14 +141,16 @@ class Records:
         builder = _rust.RecordsBuilder(dir=str(directory))
         sizes = [_size(s) for s in self.sources]
         with bar("Read", total=sum(sizes) / 1e6 or None, unit="MB") as progress:
+            conversions = []
             for source, size in zip(self.sources, sizes, strict=True):
-                src.feed(source, builder)
+                conversions.append(src.feed(source, builder))
                 progress.advance(size / 1e6, file=source.name)
-            return _Parsed(directory, builder.finish())
+            return _Parsed(directory, builder.finish(), tuple(conversions))
 
-    def _publish(self, content: Mapping[str, Any], work: Any) -> None:
+    def _publish(self, parsed: _Parsed, work: Any) -> None:
         """Check the rejected rows, join the sources of each task, write and publish."""
-        report = _report(self.sources, content["rejected"])
+        content = parsed.content
+        report = _report(self.sources, content["rejected"], parsed.conversions)
         for source, entry in zip(self.sources, report["sources"], strict=True):
             _judge(source, entry, self.max_rejected)
         labels = dict(content["labels"])
@@ -165,6 +169,7 @@ class _Parsed:
 
     directory: Path
     content: dict[str, Any]
+    conversions: tuple[Counts | None, ...]
 
     def digest(self) -> str:
         """BLAKE3 over texts, examples and rejected rows, whatever form they were read from."""
@@ -183,11 +188,17 @@ class _Parsed:
             stale.unlink()
         for path in self.directory.iterdir():
             path.replace(directory / path.name)
-        return _Parsed(directory, self.content)
+        return replace(self, directory=directory)
 
 
 def read(
-    inputs: Any, *, task: str | None = None, kind: str = "auto", max_rejected: float = 0.01
+    inputs: Any,
+    *,
+    task: str | None = None,
+    kind: str = "auto",
+    max_rejected: float = 0.01,
+    convert: Conversion | None = None,
+    tasks: Mapping[str, Task] | None = None,
 ) -> Records:
     """Describe records to read; nothing is parsed before ``save`` (or the stage that needs it).
 
@@ -198,9 +209,12 @@ def read(
         task: task name for everything read; by default each file's stem.
         kind: ``"auto"`` (found from the columns), ``"retrieval"``, ``"sts"``, ``"classification"``.
         max_rejected: share of bad rows above which a source is refused.
+        convert: how the rows of labelled sets become examples (docs/conversions.md).
+        tasks: kind and conversion of single tasks instead, by name.
 
     Raises:
-        UsageError: a remote address, an unknown suffix or kind, an empty folder.
+        UsageError: a remote address, an unknown suffix or kind, an empty folder, settings of a
+            task that is not there.
         FileNotFoundError: a missing file or a pattern without a match.
     """
     if not 0 <= max_rejected <= 1:
@@ -211,7 +225,10 @@ def read(
         return Records.open(inputs)
     if isinstance(inputs, Records):
         return inputs
-    return Records(tuple(src.find(inputs, task=task, kind=kind)), max_rejected)
+    found = src.find(inputs, task=task, kind=kind)
+    if convert is not None:
+        found = [src.converted(source, convert) for source in found]
+    return Records(tuple(src.of_tasks(found, tasks) if tasks else found), max_rejected)
 
 
 def as_directory(records: Any, beside: Path | str) -> Records:
@@ -274,10 +291,12 @@ def _size(source: src.Source) -> int:
     return sum(p.stat().st_size for p in source.path.rglob("*") if p.is_file())
 
 
-def _report(sources: tuple[src.Source, ...], rejected: Any) -> dict[str, Any]:
+def _report(
+    sources: tuple[src.Source, ...], rejected: Any, conversions: Sequence[Counts | None]
+) -> dict[str, Any]:
     """The rejected rows of every source in JSON types, plus totals."""
     entries: list[dict[str, Any]] = []
-    for source, got in zip(sources, rejected, strict=True):
+    for source, got, counts in zip(sources, rejected, conversions, strict=True):
         samples = [
             {"line": int(line), "reason": str(reason), "text": str(excerpt)}
             for line, reason, excerpt in got["samples"]
@@ -291,6 +310,7 @@ def _report(sources: tuple[src.Source, ...], rejected: Any) -> dict[str, Any]:
                 "rejected": int(got["rejected"]),
                 "reasons": {str(k): int(v) for k, v in got["reasons"].items()},
                 "samples": samples,
+                **({"conversion": counts.as_json()} if counts is not None else {}),
             }
         )
     totals = {key: sum(e[key] for e in entries) for key in ("read", "kept", "rejected")}
@@ -302,6 +322,7 @@ def _judge(source: src.Source, entry: Mapping[str, Any], limit: float) -> None:
     where = source.path or source.name
     if entry["read"] == 0:
         raise CorruptError("The source has no rows.", where=where, fix="give a file with records")
+    _judge_conversion(entry.get("conversion"), limit, where)
     share = entry["rejected"] / entry["read"]
     if share <= limit and entry["kept"]:
         return
@@ -316,3 +337,22 @@ def _judge(source: src.Source, entry: Mapping[str, Any], limit: float) -> None:
         head = f"{entry['rejected']} of {entry['read']} rows are rejected, the limit is {limit:.1%}"
         fix = "mend the file, or allow more with max_rejected"
     raise CorruptError(head + ":\n" + "\n".join(lines), where=where, fix=fix)
+
+
+def _judge_conversion(counts: Mapping[str, Any] | None, limit: float, where: Any) -> None:
+    """Refuse a set with too many rows that its rule cannot read."""
+    if counts is None or sum(counts["faults"].values()) <= limit * counts["rows"]:
+        return
+    reasons = sorted(counts["faults"].items(), key=lambda kv: (-kv[1], kv[0]))
+    lines = [f"    {count} x {reason}" for reason, count in reasons]
+    lines += [
+        f"    row {s['row']}: {s['reason']}: {s['text'][:70]!r}"
+        for s in counts["samples"]
+        if s["reason"] in counts["faults"]
+    ][:3]
+    raise CorruptError(
+        f"{sum(counts['faults'].values())} of {counts['rows']} rows are not what the rule reads, "
+        f"the limit is {limit:.1%}:\n" + "\n".join(lines),
+        where=where,
+        fix="name the set's columns (docs/conversions.md), or allow more with max_rejected",
+    )

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import glob
 import json
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from embkit.data.convert import Counts, convert
 from embkit.data.tables import KINDS, task_name
 from embkit.errors import CorruptError, UsageError, nearest
+from embkit.recipe.tasks import RULES, Conversion, Task
 
 JSONL = (".jsonl", ".jsonl.zst", ".jsonl.gz", ".ndjson", ".ndjson.zst", ".ndjson.gz")
 SUFFIXES = (*JSONL, ".parquet")
@@ -34,6 +36,7 @@ class Source:
         kind: ``"auto"`` or one of the kinds.
         path: the file or directory, None for a dataset in memory.
         dataset: the dataset in memory.
+        conversion: how its rows become examples, None when they are examples.
     """
 
     form: str
@@ -42,6 +45,7 @@ class Source:
     kind: str
     path: Path | None = None
     dataset: Any = None
+    conversion: Conversion | None = None
 
 
 def find(inputs: Any, *, task: str | None, kind: str) -> list[Source]:
@@ -66,6 +70,41 @@ def find(inputs: Any, *, task: str | None, kind: str) -> list[Source]:
     return _named_apart(sources)
 
 
+def of_tasks(sources: Sequence[Source], tasks: Mapping[str, Task]) -> list[Source]:
+    """Sources with the kind and the conversion that a recipe gives to their tasks.
+
+    Raises:
+        UsageError: a task without a source, or a conversion of a BEIR folder.
+    """
+    names = {source.task for source in sources}
+    for name in tasks:
+        if name not in names:
+            raise UsageError(
+                f"The recipe has a task {name!r}, and nothing to read for it.",
+                where="tasks",
+                fix=nearest(name, names),
+            )
+    return [
+        converted(replace(source, kind=task.kind if task.kind != "auto" else source.kind), how)
+        for source in sources
+        for task in [tasks.get(source.task, Task())]
+        for how in [task.convert]
+    ]
+
+
+def converted(source: Source, how: Conversion) -> Source:
+    """A source with a conversion, if that is on."""
+    if not how.on:
+        return source
+    if source.form == "beir":
+        raise UsageError(
+            "A BEIR folder holds queries and positives already.",
+            where=source.path,
+            fix="leave its conversion out",
+        )
+    return replace(source, kind=RULES[how.rule], conversion=how)
+
+
 def _named_apart(sources: list[Source]) -> list[Source]:
     """Sources of the same file name get a number: reports and provenance name them apart."""
     seen: dict[str, int] = {}
@@ -84,16 +123,31 @@ def stem(path: Path) -> str:
     return path.stem
 
 
-def feed(source: Source, builder: Any) -> None:
+def feed(source: Source, builder: Any) -> Counts | None:
     """Give all records of a source to a ``RecordsBuilder``.
+
+    Returns:
+        What its conversion has seen, if it has one.
 
     Raises:
         CorruptError: no rows at all, or a file that cannot be decoded.
     """
     where = (source.name, source.task, source.kind)
+    if source.conversion is not None:
+        counts = Counts()
+        for block in _lines(convert(_rows(source), source.conversion, counts)):
+            builder.add_lines(block, *where)
+        if not counts.examples:
+            raise CorruptError(
+                f"The rule {source.conversion.rule!r} makes no example of {counts.rows} rows: "
+                + ", ".join(f"{n} x {why}" for why, n in (counts.faults + counts.dropped).items()),
+                where=source.path or source.name,
+                fix="docs/conversions.md says what the rule reads; name the set's columns",
+            )
+        return counts
     if source.form == "jsonl":
         builder.add_jsonl(str(source.path), *where)
-        return
+        return None
     empty = True
     for batch in _batches(source):
         if isinstance(batch, bytes):
@@ -109,6 +163,7 @@ def feed(source: Source, builder: Any) -> None:
             where=source.path or source.name,
             fix="give data with records",
         )
+    return None
 
 
 # ---------------------------------------------------------------- finding
@@ -202,6 +257,47 @@ def _batches(source: Source) -> Iterator[Any]:
         dataset = load_from_disk(str(source.path))
         dataset = dataset["train"] if isinstance(dataset, dict) else dataset
     return _arrow(dataset) if _has_arrow(dataset) else _lines(_dicts(dataset))
+
+
+def _rows(source: Source) -> Iterator[dict[str, Any] | None]:
+    """The rows of a source one by one; None for a line that is no JSON object."""
+    if source.form == "jsonl":
+        yield from _json_rows(Path(str(source.path)))
+        return
+    for batch in _batches(source):
+        if isinstance(batch, bytes):
+            yield from map(json.loads, batch.splitlines())
+        else:
+            yield from batch.to_pylist()
+
+
+def _json_rows(path: Path) -> Iterator[dict[str, Any] | None]:
+    import pyarrow as pa
+
+    codec = {".zst": "zstd", ".gz": "gzip"}.get(path.suffix)
+    rest = b""
+    try:
+        with pa.OSFile(str(path)) as raw:
+            stream = pa.CompressedInputStream(raw, codec) if codec else raw
+            while block := stream.read(_BLOCK):
+                *lines, rest = (rest + block).split(b"\n")
+                yield from (_json_row(line) for line in lines if line.strip())
+    except OSError as error:
+        if isinstance(error, (FileNotFoundError, PermissionError)):
+            raise
+        raise CorruptError(
+            f"The file cannot be decoded: {error}.", where=path, fix="fetch or write it again"
+        ) from error
+    if rest.strip():
+        yield _json_row(rest)
+
+
+def _json_row(line: bytes) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except ValueError:  # also for bytes that are no UTF-8
+        return None
+    return row if isinstance(row, dict) else None
 
 
 def _parquet(path: Path) -> Iterator[Any]:
@@ -376,4 +472,20 @@ def read_qrels(path: Path) -> list[tuple[str, str, float]]:
 
 def describe(sources: Sequence[Source]) -> list[dict[str, str]]:
     """What a manifest and a digest say of sources; no paths."""
-    return [{"name": s.name, "form": s.form, "task": s.task, "kind": s.kind} for s in sources]
+    return [
+        {
+            "name": s.name,
+            "form": s.form,
+            "task": s.task,
+            "kind": s.kind,
+            **({"conversion": _words(s.conversion)} if s.conversion else {}),
+        }
+        for s in sources
+    ]
+
+
+def _words(how: Conversion) -> str:
+    """A conversion as text: the settings that are not the defaults."""
+    plain = asdict(Conversion())
+    changed = {k: v for k, v in asdict(how).items() if v != plain[k]}
+    return json.dumps(changed, sort_keys=True, ensure_ascii=False)

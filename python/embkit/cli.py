@@ -126,11 +126,11 @@ def dedup(
     """Remove duplicates, and training rows that leak into evaluation sets."""
     from embkit import data
     from embkit.data.dedup import summary
-    from embkit.pipeline import dedup_options
+    from embkit.pipeline import dedup_options, read_options
 
     limit = _bytes(memory)
     chosen = _settings(settings, set_)
-    records = data.read(sources, max_rejected=chosen.data.max_rejected)
+    records = data.read(sources, **read_options(chosen))
     done = data.dedup(
         records,
         out=out,
@@ -192,10 +192,12 @@ def tokenize(
 ) -> None:
     """Turn records into a store of token shards and example tables."""
     from embkit import data, pipeline
+    from embkit.data.records import as_directory
 
     chosen = _settings(settings, set_)
-    source = data.read(records)
-    data.tokenize(source, out=out, **pipeline.tokenizer_options(chosen))
+    source = as_directory(data.read(records, **pipeline.read_options(chosen)), out)
+    options = pipeline.tokenizer_options(chosen, pipeline.kinds_of(source))
+    data.tokenize(source, out=out, **options)
     _done(out)
 
 
@@ -310,6 +312,39 @@ def mine(
         given = embeddings[0] if embeddings else None
         print(explain_query(out, explain_, task=task, store=store, embeddings=given))
         return
+    _done(out)
+
+
+@app.command()
+def mix(
+    model: Annotated[Path, typer.Argument(help="The model directory or run to start from.")],
+    store: Annotated[Path, typer.Argument(help="A store that `embkit tokenize` wrote.")],
+    out: Out,
+    on: Annotated[Path, typer.Option("--on", help="Dev sets that judge a mixture.")],
+    negatives: Annotated[
+        Path | None, typer.Option("--negatives", help="What `embkit mine` wrote.")
+    ] = None,
+    settings: Settings = "quickstart",
+    set_: Set = None,
+) -> None:
+    """Search the weights of the tasks by short fine-tuning runs."""
+    from embkit.mix import search_mixture
+    from embkit.model import Encoder
+
+    chosen = _settings(settings, set_)
+    found = search_mixture(
+        Encoder.from_pretrained(model),
+        store,
+        out=out,
+        on=on,
+        config=chosen.finetune,
+        mix=chosen.mix,
+        negatives=negatives,
+    )
+    for candidate in found["candidates"]:
+        weights = ", ".join(f"{name} {w:.3f}" for name, w in candidate["weights"].items())
+        print(f"  {candidate['dev']:6.2f}  {weights}")
+    print(f"  the best as a part of a recipe: {out / 'mixture.toml'}")
     _done(out)
 
 

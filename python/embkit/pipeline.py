@@ -20,7 +20,7 @@ from embkit.errors import CorruptError, UsageError, nearest
 from embkit.recipe import Recipe, Train
 
 if TYPE_CHECKING:
-    from embkit.data import Store
+    from embkit.data import Records, Store
     from embkit.model import Encoder
     from embkit.train import Miner
 
@@ -35,7 +35,8 @@ STAGES = (
     "evaluate",
     "export",
 )
-_EVERY = (*STAGES[:2], "filter", *STAGES[2:])  # with what a recipe may switch on
+# With what a recipe may switch on.
+_EVERY = (*STAGES[:2], "filter", *STAGES[2:5], "mix", *STAGES[5:])
 # What each stage publishes in the run directory; scores/ also serves the soup's choice on dev.
 _OUTPUTS = {
     "read": ("records",),
@@ -44,6 +45,7 @@ _OUTPUTS = {
     "tokenize": ("store",),
     "prefinetune": ("init", "pre"),
     "mine": ("mined",),
+    "mix": ("mix",),
     "finetune": ("ft-*",),
     "soup": ("soup", "uniform"),
     "evaluate": ("scores",),
@@ -109,10 +111,11 @@ class _Run:
 
         mined = mine(pre, store, out=out / "mined", rules=recipe.mine)
 
-        self._stage("finetune", f"{len(recipe.runs)} runs on single-task batches")
+        runs = self._runs(pre, store, mined)
+        self._stage("finetune", f"{len(runs)} runs on single-task batches")
         tuned = []
-        for i in range(len(recipe.runs)):
-            config = self._watched(recipe.run_config(i))
+        for i, settings in enumerate(runs):
+            config = self._watched(settings)
             finetune(
                 pre,
                 store,
@@ -147,6 +150,21 @@ class _Run:
         self._finish(result)
         return result
 
+    def _runs(self, pre: Encoder, store: Store, mined: Any) -> list[Train]:
+        """Settings of the fine-tuning runs: the recipe's, or one per mixture that was found."""
+        recipe, out = self.recipe, self.out
+        if not recipe.mix.on:
+            return [recipe.run_config(i) for i in range(len(recipe.runs))]
+        from embkit.mix import best, search_mixture
+
+        self._stage("mix", f"{recipe.mix.candidates} mixtures by short runs, judged on dev")
+        found = search_mixture(
+            pre, store, out=out / "mix", on=self.data / "dev", config=recipe.run_config(0),
+            mix=recipe.mix, negatives=mined,
+        )  # fmt: skip
+        config = recipe.run_config(0)
+        return [dataclasses.replace(config, tasks=w) for w in best(found, recipe.mix.keep)]
+
     def _watched(self, config: Train) -> Train:
         """Settings of a stage that is evaluated on dev/ while it trains, where nothing is named."""
         from embkit.train.evaluation import with_folder
@@ -159,7 +177,7 @@ class _Run:
         recipe, out = self.recipe, self.out
         self._stage("read", f"records of {self.data}")
         files = training_files(self.data)
-        records = data.read(files, max_rejected=recipe.data.max_rejected).save(out / "records")
+        records = data.read(files, **read_options(recipe)).save(out / "records")
 
         self._stage("dedup", "near-duplicates, and rows that leak into dev or test")
         against = [self.data / "dev", self.data / "test"]
@@ -170,7 +188,8 @@ class _Run:
             clean = data.filter(clean, out=out / "filtered", **filter_options(recipe))
 
         self._stage("tokenize", "texts to token shards")
-        return data.tokenize(clean, out=out / "store", **tokenizer_options(recipe))
+        options = tokenizer_options(recipe, kinds_of(clean))
+        return data.tokenize(clean, out=out / "store", **options)
 
     def _start(self, store: Store) -> Encoder:
         """The encoder before any training, kept as a model directory of its own."""
@@ -258,7 +277,8 @@ class _Run:
                     fix="please report it with result.json",
                 )
         kept = result["soup"]["greedy"]["kept"]
-        print(f"greedy soup: kept {len(kept)} of {len(self.recipe.runs)} runs")
+        runs = len(result["soup"]["greedy"]["candidates"])
+        print(f"greedy soup: kept {len(kept)} of {runs} runs")
         print(f"report: {self.out / 'report.html'}")
         print("\nUse the model:\n")
         print("  from sentence_transformers import SentenceTransformer")
@@ -268,7 +288,8 @@ class _Run:
 
 def stages_of(recipe: Recipe) -> tuple[str, ...]:
     """The stages that a recipe runs, in order."""
-    return _EVERY if recipe.filter.enabled else STAGES
+    off = {"filter": not recipe.filter.enabled, "mix": not recipe.mix.on}
+    return tuple(name for name in _EVERY if not off.get(name, False))
 
 
 def data_folder(recipe: Recipe) -> Path:
@@ -305,6 +326,16 @@ def training_files(folder: Path) -> list[str]:
     return files
 
 
+def read_options(recipe: Recipe) -> dict[str, Any]:
+    """Keyword arguments of :func:`embkit.data.read`."""
+    return {"max_rejected": recipe.data.max_rejected, "tasks": recipe.tasks}
+
+
+def kinds_of(records: Records) -> dict[str, str]:
+    """The kind of each task of saved records."""
+    return {task["name"]: task["kind"] for task in records.manifest["tasks"]}
+
+
 def dedup_options(recipe: Recipe) -> dict[str, Any]:
     """Keyword arguments of :func:`embkit.data.dedup`."""
     return dict(recipes.to_table(recipe)["dedup"])
@@ -326,16 +357,16 @@ def filter_options(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def tokenizer_options(recipe: Recipe) -> dict[str, Any]:
-    """Keyword arguments of :func:`embkit.data.tokenize`."""
+def tokenizer_options(recipe: Recipe, kinds: Mapping[str, str]) -> dict[str, Any]:
+    """Keyword arguments of :func:`embkit.data.tokenize` for records of such tasks."""
     t = recipe.tokenizer
     return {
         "tokenizer": t.path or recipe.model.path,
         "vocab_size": t.vocab_size,
         "max_length_query": t.max_length_query,
         "max_length_passage": t.max_length_passage,
-        "prompts": {"query": t.prompt_query, "passage": t.prompt_passage},
-        "task_prompts": t.task_prompts,
+        "prompts": t.prompts("retrieval"),
+        "task_prompts": recipe.task_prompts(kinds),
         "prompt_dropout": any(
             train.prompt_dropout > 0
             for train in (recipe.prefinetune, *map(recipe.run_config, range(len(recipe.runs))))
@@ -366,7 +397,7 @@ def start_encoder(recipe: Recipe, store: Store, *, model: str | None = None) -> 
     t = recipe.tokenizer
     sides: dict[str, Any] = {
         "max_length": {"query": t.max_length_query, "passage": t.max_length_passage},
-        "prompts": {"query": t.prompt_query, "passage": t.prompt_passage},
+        "prompts": recipe.encoder_prompts(),
     }
     path = model or recipe.model.path
     if path is None:

@@ -28,6 +28,7 @@ FROZEN = {
     "prefinetune": {"store", "--out", "--model", "--recipe", "--set"},
     "mine": {"model", "store", "--out", "--embeddings", "--memory", "--recipe", "--set"}
     | {"--explain", "--task", "--fresh"},
+    "mix": {"model", "store", "--out", "--on", "--negatives", "--recipe", "--set"},
     "finetune": {"model", "store", "--out", "--negatives", "--recipe", "--set"},
     "soup": {"runs", "--out", "--on", "--select"},
     "evaluate": {"model", "on", "--out"},

@@ -189,12 +189,12 @@ def test_tasks_have_prompts_of_their_own(records: Path, tmp_path: Path) -> None:
 
 def test_the_recipe_makes_the_rows_that_its_runs_need() -> None:
     def asked(**table: Any) -> bool:
-        return bool(tokenizer_options(recipe.from_table(table))["prompt_dropout"])
+        return bool(tokenizer_options(recipe.from_table(table), {})["prompt_dropout"])
 
     assert not asked() and asked(prefinetune={"prompt_dropout": 0.1})
     assert asked(runs=[{"seed": 0}, {"prompt_dropout": 0.5}])
     table = {"tokenizer": {"task_prompts": {"nq": {"query": "question answering : "}}}}
-    options = tokenizer_options(recipe.from_table(table))
+    options = tokenizer_options(recipe.from_table(table), {})
     assert options["task_prompts"] == {"nq": {"query": "question answering : "}}
     with pytest.raises(UsageError, match="no share"):
         recipe.from_table({"finetune": {"prompt_dropout": 1.5}})

@@ -27,6 +27,7 @@ MAIN = {"retrieval": "ndcg@10", "sts": "spearman", "classification": "accuracy"}
 _DEPTH = 100
 _REMEMBER = 64  # models whose scores stay in memory, a few KB each
 _remembered: dict[tuple[str, str, tuple[int, ...]], dict[str, Any]] = {}
+ROLES = ("query", "passage")
 Vectors = NDArray[np.float32]
 
 
@@ -176,24 +177,25 @@ def prefix(vectors: Vectors, width: int) -> Vectors:
     return cut / np.where(norm > 0, norm, 1)
 
 
-def _texts(found: EvalSet) -> list[tuple[list[str], str | None]]:
-    """The texts of a set with the role they are encoded in."""
+def _texts(found: EvalSet) -> list[tuple[list[str], str]]:
+    """The texts of a set with the prompt they are encoded with, by its name."""
     if isinstance(found, RetrievalSet):
         return [(found.queries, "query"), (found.corpus, "passage")]
     if isinstance(found, StsSet):
-        return [(found.first, None), (found.second, None)]
-    return [(found.train, None), (found.test, None)]
+        return [(found.first, "sts"), (found.second, "sts")]
+    return [(found.train, "classification"), (found.test, "classification")]
 
 
-def _encode(
-    encoder: Encoder, texts: list[str], role: str | None, width: int, progress: Bar
-) -> Vectors:
+def _encode(encoder: Encoder, texts: list[str], name: str, width: int, progress: Bar) -> Vectors:
     """Vectors [n, width], not normalised; each distinct text is encoded once."""
+    sides: dict[str, Any] = {"role": name}
+    if name not in ROLES:  # a kind has a prompt where the model was trained with one
+        sides = {"prompt": encoder.prompts.get(name)}
     distinct, inverse = np.unique(np.array(texts, dtype=object), return_inverse=True)
     start = progress.done
     report = after(progress, start, len(texts) / max(len(distinct), 1))
     vectors = encoder.encode(
-        distinct.tolist(), role=role, dim=width, normalize=False, progress=report
+        distinct.tolist(), dim=width, normalize=False, progress=report, **sides
     )
     progress.update(start + len(texts))
     return np.asarray(vectors, np.float32)[inverse.reshape(-1)]

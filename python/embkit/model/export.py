@@ -26,6 +26,8 @@ from embkit.model.projection import linears
 from embkit.model.tuning import merged_state
 
 _TYPE = "sentence_transformers.models"
+# Our names of prompts -> those that sentence-transformers and MTEB look for.
+_PROMPT_NAMES = {"passage": "document", "sts": "STS", "classification": "Classification"}
 _LAYOUT = "3.4.1"  # the oldest sentence-transformers this layout is tested with
 
 
@@ -130,8 +132,7 @@ def _files(encoder: Encoder, title: str) -> dict[str, bytes]:
                     "pytorch": torch.__version__.partition("+")[0],
                 },
                 "prompts": {
-                    "document" if name == "passage" else name: text
-                    for name, text in encoder.prompts.items()
+                    _PROMPT_NAMES.get(name, name): text for name, text in encoder.prompts.items()
                 },
                 "default_prompt_name": None,
                 "similarity_fn_name": "cosine",

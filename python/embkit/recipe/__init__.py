@@ -16,21 +16,30 @@ from embkit.recipe.files import (
     to_table,
 )
 from embkit.recipe.mine import Dynamic, Rules
+from embkit.recipe.mix import Mix
 from embkit.recipe.model import Model
+from embkit.recipe.prompts import FORMATS, Format
+from embkit.recipe.tasks import RULES, Conversion, Task
 from embkit.recipe.train import Part, Train, Watch
 from embkit.recipe.whole import Evaluate, Recipe, Soup
 
 __all__ = [
+    "FORMATS",
+    "RULES",
+    "Conversion",
     "Data",
     "Dedup",
     "Dynamic",
     "Evaluate",
     "Filter",
+    "Format",
+    "Mix",
     "Model",
     "Part",
     "Recipe",
     "Rules",
     "Soup",
+    "Task",
     "Tokenizer",
     "Train",
     "Watch",

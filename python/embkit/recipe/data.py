@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from embkit.recipe.prompts import FORMATS, prompt
 from embkit.recipe.schema import one_of, require
 
 
@@ -121,7 +122,11 @@ class Tokenizer:
         vocab_size: vocabulary of a trained tokenizer.
         max_length_query: tokens a query keeps, special tokens included.
         max_length_passage: tokens a passage keeps, special tokens included.
-        prompt_query: put before every query, as serving will.
+        format: prompts of a published form by name: plain, gecko, embedding-gemma, gemini,
+            instruct, e5, jina (docs/conversions.md); ``[tasks.NAME]`` may have others.
+            description: what it says of retrieval, e.g. "question answering"; empty takes the
+            form's own.
+        prompt_query: put before every query, as serving will, in the place of the format's.
         prompt_passage: put before every passage.
         task_prompts: prompts of single tasks, in the place of those: a table per task with query
             and passage (retrieval) or text (other kinds).
@@ -131,6 +136,21 @@ class Tokenizer:
     vocab_size: int = 16000
     max_length_query: int = 32
     max_length_passage: int = 96
+    format: str = "plain"
+    description: str = ""
     prompt_query: str = ""
     prompt_passage: str = ""
     task_prompts: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        one_of("tokenizer.format", self.format, tuple(FORMATS))
+
+    def prompts(self, kind: str) -> dict[str, str]:
+        """Prompts of a kind of task: query and passage of retrieval, text of the others."""
+        if kind != "retrieval":
+            return {"text": prompt(self.format, "text", kind)}
+        given = {"query": self.prompt_query, "passage": self.prompt_passage}
+        return {
+            side: text or prompt(self.format, side, kind, self.description)
+            for side, text in given.items()
+        }

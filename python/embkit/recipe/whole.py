@@ -8,8 +8,10 @@ from typing import Any
 
 from embkit.recipe.data import Data, Dedup, Filter, Tokenizer
 from embkit.recipe.mine import Rules
+from embkit.recipe.mix import Mix
 from embkit.recipe.model import Model
 from embkit.recipe.schema import build, one_of, plain, require
+from embkit.recipe.tasks import Task
 from embkit.recipe.train import Train
 
 
@@ -36,18 +38,22 @@ class Recipe:
 
     Attributes:
         name: for titles and the model card.
+        tasks: what is said of single tasks, by the names of their files in train/.
         finetune: the common settings of the fine-tuning runs.
+        mix: search of the mixture; its best then are the runs.
         runs: one table per fine-tuning run, with the settings in which it differs (seed, lr ...).
     """
 
     name: str = "quickstart"
     data: Data = field(default_factory=Data)
+    tasks: Mapping[str, Task] = field(default_factory=dict)
     dedup: Dedup = field(default_factory=Dedup)
     filter: Filter = field(default_factory=Filter)
     tokenizer: Tokenizer = field(default_factory=Tokenizer)
     model: Model = field(default_factory=Model)
     prefinetune: Train = field(default_factory=Train)
     mine: Rules = field(default_factory=Rules)
+    mix: Mix = field(default_factory=Mix)
     finetune: Train = field(default_factory=Train)
     runs: tuple[Mapping[str, Any], ...] = ({"seed": 0},)
     soup: Soup = field(default_factory=Soup)
@@ -57,6 +63,11 @@ class Recipe:
         require(bool(self.runs), "The recipe has no [[runs]].", "add at least one, e.g. seed = 0")
         for i in range(len(self.runs)):
             self.run_config(i)
+        require(
+            not self.mix.on or not self.finetune.parts,
+            "mix.candidates asks for a search, and finetune.parts give each part its own tasks.",
+            "leave mix or parts out",
+        )
 
     def run_config(self, i: int) -> Train:
         """The settings of fine-tuning run ``i``: ``finetune`` with ``runs[i]`` over it."""
@@ -65,3 +76,25 @@ class Recipe:
             {**plain(self.finetune), **self.runs[i]},
             f"runs[{i}]",
         )
+
+    def encoder_prompts(self) -> dict[str, str]:
+        """Prompts of the encoder: of query and passage, and of other kinds where there are any.
+
+        Evaluation puts those of sts and classification before the texts of such sets.
+        """
+        of_kind = {k: self.tokenizer.prompts(k)["text"] for k in ("sts", "classification")}
+        return self.tokenizer.prompts("retrieval") | {k: t for k, t in of_kind.items() if t}
+
+    def task_prompts(self, kinds: Mapping[str, str]) -> dict[str, dict[str, str]]:
+        """Prompts of the tasks that have others than the encoder's query and passage, or a text.
+
+        Args:
+            kinds: of the tasks that there are, by name.
+        """
+        both = self.tokenizer.prompts("retrieval")
+        found = {
+            name: self.tasks.get(name, Task()).prompts(kind, self.tokenizer)
+            for name, kind in kinds.items()
+        }
+        own = {name: p for name, p in found.items() if p not in (both, {"text": ""})}
+        return {**own, **{name: dict(p) for name, p in self.tokenizer.task_prompts.items()}}

@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
+from embkit.evaluate.compare import Difference, ndcg_per_query, paired_bootstrap
 from embkit.evaluate.run import MAIN, evaluate, judge
 from embkit.evaluate.tasks import load_split
 
-__all__ = ["MAIN", "evaluate", "judge", "load_split"]
+__all__ = [
+    "MAIN",
+    "Difference",
+    "evaluate",
+    "judge",
+    "load_split",
+    "ndcg_per_query",
+    "paired_bootstrap",
+]

@@ -153,6 +153,12 @@ def _encode_and_score(
     return tasks
 
 
+def encode_set(encoder: Encoder, found: EvalSet, width: int) -> list[Vectors]:
+    """Unit vectors [n, width] of the parts of a set, as :func:`evaluate` scores them."""
+    silent = Bar("", None, "")
+    return [prefix(_encode(encoder, t, r, width, silent), width) for t, r in _texts(found)]
+
+
 def score_set(found: EvalSet, parts: Sequence[Vectors]) -> dict[str, float]:
     """The measures of one set from unit vectors of its texts, in the order of its parts.
 

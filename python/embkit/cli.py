@@ -444,7 +444,9 @@ def verify(
 
 @app.command()
 def bench(
-    group: Annotated[str, typer.Argument(help="store, dedup, mine, kernels, train or soup.")],
+    group: Annotated[
+        str, typer.Argument(help="store, dedup, mine, kernels, train, recipes or soup.")
+    ],
     json_: Annotated[
         Path | None, typer.Option("--json", help="Write the rows to this file too.")
     ] = None,

@@ -1,0 +1,371 @@
+"""Cells of the group `recipes`: one training with one seed, scored, kept as a JSON file.
+
+A cell is found again by the digest of what decides it, so a table that was interrupted goes on
+where it stopped, and tables share cells. Everything before it (store, start model, mined negatives)
+is a stage of embkit, which is resumed likewise.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+from embkit import _rust
+from embkit.bench import recipes_data as real
+from embkit.bench import recipes_peer as peer
+from embkit.bench.recipes_peer import cpu
+from embkit.evaluate.tasks import EvalSet, load_split
+
+VERSION = 1  # of what a cell does
+PROBE = 24  # steps from which the cost of a step is taken
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What all cells of a table have in common.
+
+    Attributes:
+        pre: tasks of the pre-finetuning. fine: retrieval tasks of the fine-tuning. sts, labels:
+            its other tasks.
+        model: sizes of the encoder (:class:`embkit.recipe.Model`). vocab, query, passage: its
+            vocabulary and longest texts, in tokens.
+        prefinetune: settings of the pre-finetuning. finetune: of every cell.
+        rules: of the mining.
+    """
+
+    pre: tuple[str, ...]
+    fine: tuple[str, ...]
+    sts: tuple[str, ...]
+    labels: tuple[str, ...]
+    model: Mapping[str, Any]
+    vocab: int
+    query: int
+    passage: int
+    prefinetune: Mapping[str, Any]
+    finetune: Mapping[str, Any]
+    rules: Mapping[str, Any]
+
+    def shares(
+        self, retrieval: float = 0.6, sts: float = 0.2, labels: float = 0.2
+    ) -> dict[str, float]:
+        """Mixture weights: so much for each kind, the tasks of a kind alike."""
+        found: dict[str, float] = {}
+        for tasks, share in ((self.fine, retrieval), (self.sts, sts), (self.labels, labels)):
+            found |= {task: share / len(tasks) for task in tasks if share}
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One training and its scores.
+
+    Attributes:
+        train: settings over the plan's ``finetune``. seed: of the training.
+        form: of the store: plain, or a variant of :meth:`World.store`.
+        start: "pre" or "random". mined: whether negatives are mined.
+        widths: trained in place of the plan's. dims: scored; the full width when empty.
+        budget: CPU seconds for mining and training, whose steps are then set by a probe; 0 takes
+            the steps of the settings.
+        soup: seeds whose runs are averaged, with no training of its own.
+        peer: settings of sentence-transformers in place of ``train``.
+        split: whose sets are scored.
+    """
+
+    train: Mapping[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    form: str = "plain"
+    start: str = "pre"
+    mined: bool = True
+    widths: tuple[int, ...] = ()
+    dims: tuple[int, ...] = ()
+    budget: float = 0.0
+    soup: tuple[int, ...] = ()
+    peer: Mapping[str, Any] | None = None
+    split: str = "dev"
+
+
+class World:
+    """Data, stores, start models and cells of a plan in one folder."""
+
+    def __init__(self, home: Path, data: Path, plan: Plan) -> None:
+        self.home, self.data, self.plan = home, data, plan
+        self._sets: dict[str, list[EvalSet]] = {}
+
+    # ------------------------------------------------------------ before the cells
+
+    def folder(self, form: str) -> Path:
+        """The data folder of a form of the store."""
+        plan = self.plan
+        changes: dict[str, Callable[..., Any]] = {
+            "noisy": real.noisy,
+            "few": real.few,
+            "fine": partial(real.only, names=(*plan.fine, *plan.sts, *plan.labels)),
+        }
+        if form not in changes:
+            return self.data
+        return real.variant(self.data, self.home / f"data-{form}", form, changes[form])
+
+    def clean(self, form: str) -> Path:
+        """Records without near-duplicates and without texts of dev/ and test/."""
+        from embkit import data
+
+        base = {"prompted": "plain", "filtered": "noisy"}.get(form, form)
+        folder = self.folder(base)
+        files = sorted(str(p) for p in (folder / "train").iterdir())
+        records = data.read(files).save(self.home / f"records-{base}")
+        against = [folder / "dev", folder / "test"]
+        out = self.home / f"clean-{base}"
+        found = data.dedup(records, out=out, against=against)
+        if form != "filtered":
+            return found.dir
+        score = data.ScoreFilter(model=str(self.start("pre")), threshold=0.4)
+        return data.filter(found, out=self.home / "filtered", rules="off", score=score).dir
+
+    def store(self, form: str) -> Path:
+        """The token store: plain; prompted, with one format of queries and passages; noisy, with
+        wrong positives; filtered, noisy behind the score filter; few, with few examples; fine,
+        of the fine-tuning tasks alone."""
+        from embkit import data
+
+        options: dict[str, Any] = {"vocab_size": self.plan.vocab}
+        if form != "plain":
+            options = {"tokenizer": self.store("plain") / "tokenizer"}
+        if form == "prompted":
+            options["prompts"] = {
+                "query": "task: search result | query: ",
+                "passage": "title: none | text: ",
+            }
+        options["max_length_query"] = self.plan.query
+        options["max_length_passage"] = self.plan.passage
+        out, clean = self.home / f"store-{form}", self.clean(form)
+        self._timed(out, lambda: data.tokenize(clean, out=out, **options))
+        return out
+
+    def start(self, name: str) -> Path:
+        """The model that cells start from."""
+        from embkit.model import Encoder
+        from embkit.recipe import Model, Train
+        from embkit.stage import stage
+        from embkit.train import prefinetune
+
+        out = self.home / "random"
+        with stage(
+            out, name="init", params=dict(self.plan.model), inputs=[self.store("plain")]
+        ) as work:
+            if not work.done:
+                lengths = {"query": self.plan.query, "passage": self.plan.passage}
+                tokenizer = self.store("plain") / "tokenizer"
+                model = Model(**self.plan.model, projection=False)
+                Encoder.from_config(model, tokenizer, max_length=lengths).export(work.dir / "model")
+                work.publish()
+        if name == "random":
+            return out / "model"
+        config = Train(**self.plan.prefinetune, tasks=dict.fromkeys(self.plan.pre, 1.0))
+        begin, trained = Encoder.from_pretrained(out / "model"), self.home / "pre"
+        self._timed(
+            trained, lambda: prefinetune(begin, self.store("plain"), out=trained, config=config)
+        )
+        return trained / "model"
+
+    def mined(self, form: str) -> Path:
+        """Hard negatives of the fine-tuning tasks, mined with the pre-finetuned model."""
+        from embkit.data import Store
+        from embkit.mine import mine
+        from embkit.model import Encoder
+
+        store, out = self.store(form), self.home / f"mined-{form}"
+        names = Store(store).task_names
+        encoder = Encoder.from_pretrained(self.start("pre"))
+        encoder.adopt_prompts(Store(store).prompts, {})
+        tasks = [task for task in self.plan.fine if task in names]
+        rules = dict(self.plan.rules)
+        self._timed(out, lambda: mine(encoder, store, out=out, tasks=tasks, **rules))
+        return out
+
+    def _timed(self, out: Path, work: Callable[[], Any]) -> None:
+        """Do it, and keep the CPU seconds of the time when it was done."""
+        kept, begun = out.with_name(out.name + ".cpu.json"), cpu()
+        there = out.exists() and kept.exists()
+        work()
+        if not there:
+            kept.write_text(json.dumps({"cpu": round(cpu() - begun, 2)}))
+
+    def cost(self, out: Path) -> float:
+        """CPU seconds that an output took when it was made."""
+        return float(json.loads(out.with_name(out.name + ".cpu.json").read_text())["cpu"])
+
+    # ------------------------------------------------------------ cells
+
+    @cached_property
+    def identity(self) -> str:
+        """Digest of the data and of what comes before all cells."""
+        from embkit.stage import digest_of
+
+        parts = [VERSION, asdict(self.plan), digest_of(self.store("plain"))]
+        parts += [digest_of(self.data / split) for split in ("dev", "test")]
+        return _rust.blake3(json.dumps(parts, sort_keys=True).encode())
+
+    def path(self, cell: Cell) -> Path:
+        """Where its result is kept."""
+        about = json.dumps([self.identity, asdict(cell)], sort_keys=True)
+        return self.home / "cells" / f"{_rust.blake3(about.encode())[:20]}.json"
+
+    def result(self, cell: Cell) -> dict[str, Any]:
+        """The cell's result; computed when it is not there.
+
+        Returns:
+            ``scores`` by width and kind of task and ``ndcg`` by width, set and query, in percent;
+            ``cpu`` seconds of mining and training; ``steps``.
+        """
+        path = self.path(cell)
+        if not path.is_file():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            made = (
+                self._soup(cell)
+                if cell.soup
+                else self._peer(cell)
+                if cell.peer
+                else self._run(cell)
+            )
+            model, about = made
+            found = {"cell": asdict(cell), **about, **self.score(cell, model)}
+            _rust.publish_file(str(path), (json.dumps(found) + "\n").encode())
+        return dict(json.loads(path.read_text()))
+
+    def score(self, cell: Cell, model: Path) -> dict[str, Any]:
+        """Scores of a model on the cell's split, from one encode of each text."""
+        import numpy as np
+
+        from embkit.evaluate.compare import ndcg_of
+        from embkit.evaluate.run import MAIN, encode_set, prefix, score_set
+        from embkit.evaluate.tasks import RetrievalSet
+        from embkit.model import Encoder
+
+        lengths = {"query": self.plan.query, "passage": self.plan.passage}
+        encoder = Encoder.from_pretrained(model, max_length=lengths)
+        each: dict[str, dict[str, dict[str, float]]] = {}
+        ndcg: dict[str, dict[str, list[float]]] = {}
+        for found in self.sets(cell.split):
+            whole = encode_set(encoder, found, encoder.width)
+            for width in cell.dims or (encoder.width,):
+                parts = [prefix(p, width) for p in whole]
+                value = score_set(found, parts)[MAIN[found.type]]
+                each.setdefault(str(width), {}).setdefault(found.type, {})[found.name] = value
+                if isinstance(found, RetrievalSet):
+                    values = np.round(ndcg_of(found, parts), 4).tolist()
+                    ndcg.setdefault(str(width), {})[found.name] = values
+        kinds = {
+            width: {kind: float(np.mean(list(sets.values()))) for kind, sets in found.items()}
+            for width, found in each.items()
+        }
+        return {"scores": kinds, "sets": each, "ndcg": ndcg}
+
+    def sets(self, split: str) -> list[EvalSet]:
+        """The sets of a split, read once."""
+        if split not in self._sets:
+            self._sets[split] = load_split(self.data / split)
+        return self._sets[split]
+
+    def close(self) -> None:
+        """Remove everything."""
+        shutil.rmtree(self.home, ignore_errors=True)
+
+    def _config(self, cell: Cell) -> dict[str, Any]:
+        """Settings of its training; tasks may be "uniform", or "size": all by their examples."""
+        from embkit.data import Store
+
+        settings = {**self.plan.finetune, **cell.train, "seed": cell.seed}
+        if isinstance(settings.get("tasks"), str):
+            sizes = Store(self.store(cell.form)).task_sizes
+            names = self.plan.shares()
+            equal = settings["tasks"] == "uniform"
+            settings["tasks"] = {t: 1.0 if equal else float(sizes[t]) for t in names}
+        return settings
+
+    def _run(self, cell: Cell) -> tuple[Path, dict[str, Any]]:
+        """Train with embkit."""
+        settings = self._config(cell)
+        spent = 0.0
+        if cell.budget:
+            spent = self.cost(self.store(cell.form)) + (
+                self.cost(self.mined(cell.form)) if cell.mined else 0
+            )
+            fixed, step = self._probe(cell)
+            settings["steps"] = max(1, round((cell.budget - spent - fixed) / step))
+        out = self.home / "runs" / self.path(cell).stem
+        used, _ = self._train(cell, settings, out)
+        return out / "model", {
+            "cpu": round(spent + used, 2),
+            "before": spent,
+            "steps": settings["steps"],
+        }
+
+    def _probe(self, cell: Cell) -> tuple[float, float]:
+        """CPU seconds before the first step's end, and of a step; measured once for all seeds."""
+        kept = self.path(replace(cell, seed=-1)).with_suffix(".probe.json")
+        if not kept.is_file():
+            out = self.home / "runs" / kept.name
+            settings = {**self._config(cell), "steps": PROBE}
+            used, first = self._train(replace(cell, seed=0), settings, out, fresh=True)
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            kept.write_text(json.dumps([first, (used - first) / (PROBE - 1)]))
+        fixed, step = json.loads(kept.read_text())
+        return fixed, step
+
+    def _train(
+        self, cell: Cell, settings: Mapping[str, Any], out: Path, *, fresh: bool = False
+    ) -> tuple[float, float]:
+        """CPU seconds of the training, and of it until the end of the first step."""
+        from embkit.model import Encoder
+        from embkit.recipe import Dynamic, Part, Train
+        from embkit.train import Callback, finetune
+
+        class First(Callback):
+            at = 0.0
+
+            def on_step(self, step: int, line: Any, speed: Any) -> None:
+                self.at = self.at or cpu()
+
+        config = dict(settings)
+        if "dynamic" in config:
+            config["dynamic"] = Dynamic(**config["dynamic"])
+        if "parts" in config:
+            config["parts"] = tuple(Part(**part) for part in config["parts"])
+        options = {"dims": cell.widths} if cell.widths else {}
+        encoder = Encoder.from_pretrained(self.start(cell.start), **options)
+        store = self.store(cell.form)
+        mined = self.mined(cell.form) if cell.mined else None
+        first, begun = First(), cpu()
+        made = Train(**{"checkpoint_every": 10**6, "keep_checkpoints": 1, **config})
+        finetune(
+            encoder, store, negatives=mined, out=out, config=made, callbacks=[first], fresh=fresh
+        )
+        return cpu() - begun, first.at - begun
+
+    def _soup(self, cell: Cell) -> tuple[Path, dict[str, Any]]:
+        from embkit.soup import soup
+
+        members = [replace(cell, soup=(), seed=seed) for seed in cell.soup]
+        for member in members:
+            self.result(member)
+        out = self.home / "runs" / self.path(cell).stem
+        soup([self.home / "runs" / self.path(m).stem for m in members], out=out, select="uniform")
+        return out / "model" if (out / "model").is_dir() else out, {}
+
+    def _peer(self, cell: Cell) -> tuple[Path, dict[str, Any]]:
+        """Train with sentence-transformers, in a process of its own."""
+        out = self.home / "runs" / self.path(cell).stem
+        rows = peer.export(self.clean("plain"), self.home / "pairs", self.plan)
+        settings = {
+            **dict(cell.peer or {}),
+            "seed": cell.seed,
+            "budget": cell.budget,
+            "probe": PROBE,
+        }
+        said = peer.run(self.start(cell.start), rows, out, settings, dims=self.plan.model["dims"])
+        return out / "model", said

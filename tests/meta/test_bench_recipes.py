@@ -1,0 +1,179 @@
+"""The group `recipes` on a small data folder: cells are kept, scored as `evaluate` does, and held
+out groups stay out of training."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import zstandard
+
+from embkit.bench import Reported
+from embkit.bench import recipes as group
+from embkit.bench import recipes_data as real
+from embkit.bench.recipes_cells import Cell, Plan, World
+
+TINY = replace(
+    group.QUICK, model={**group.QUICK.model, "hidden": 16, "dims": (16, 8)}, vocab=300,
+    prefinetune={**group.QUICK.prefinetune, "steps": 2, "batch_size": 16},
+    finetune={**group.QUICK.finetune, "steps": 2, "batch_size": 8},
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def world(small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> World:
+    return World(tmp_path_factory.mktemp("recipes"), small_data, TINY)
+
+
+def test_a_cell_is_kept_and_not_trained_again(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cell = Cell(train={"tasks": TINY.shares()}, dims=(16, 8))
+    first = world.result(cell)
+    monkeypatch.setattr(World, "_train", lambda *_, **__: pytest.fail("trained again"))
+    again = World(world.home, world.data, TINY)
+    assert again.result(cell) == first
+    assert world.path(replace(cell, seed=1)) != world.path(cell)
+    other = World(world.home, world.data, replace(TINY, rules={"k": 9, "candidates": 32}))
+    assert other.path(cell) != world.path(cell)
+
+
+def test_scores_are_those_of_evaluate(world: World) -> None:
+    from embkit.evaluate import MAIN, evaluate
+    from embkit.model import Encoder
+
+    cell = Cell(train={"tasks": TINY.shares()}, dims=(16, 8))
+    got = world.result(cell)
+    model = Encoder.from_pretrained(world.home / "runs" / world.path(cell).stem / "model")
+    want = evaluate(model, world.data / "dev", dims=(16, 8), bm25=False)
+    for width in ("16", "8"):
+        assert got["scores"][width] == pytest.approx(
+            {kind: want["types"][kind][width] for kind in MAIN}, abs=1e-4
+        )
+        for name, values in got["ndcg"][width].items():
+            measure = want["tasks"][name]["widths"][width]["ndcg@10"]
+            assert np.mean(values) == pytest.approx(measure, abs=1e-3)
+
+
+def test_a_row_has_the_mean_of_kinds_and_the_difference(world: World) -> None:
+    one = group.ablations(TINY)["uniform"]
+    case = group.ablation(world, "uniform", one, seeds=(0, 1))
+    on = [world.result(replace(one.on, seed=s)) for s in (0, 1)]
+    off = [world.result(replace(one.off, seed=s)) for s in (0, 1)]
+    value = case.ours()
+    assert isinstance(value, Reported)
+    assert value.value == pytest.approx(np.mean([list(r["scores"]["16"].values()) for r in on]))
+    each = [
+        np.mean([np.mean(r["ndcg"]["16"][s]) for r in on for s in r["ndcg"]["16"]])
+        - np.mean([np.mean(r["ndcg"]["16"][s]) for r in off for s in r["ndcg"]["16"]])
+    ]
+    assert case.facts["ndcg_difference"] == pytest.approx(each[0], abs=1e-3)
+    low, high = case.facts["interval"]
+    assert low <= case.facts["ndcg_difference"] <= high
+
+
+def test_a_soup_is_the_mean_of_its_runs(world: World) -> None:
+    from safetensors.numpy import load_file
+
+    cell = Cell(train={"tasks": TINY.shares()}, dims=(16, 8), soup=(0, 1))
+    world.result(cell)
+    runs = world.home / "runs"
+    (made,) = (runs / world.path(cell).stem).rglob("model.safetensors")
+    members = [
+        load_file(
+            runs / world.path(replace(cell, soup=(), seed=s)).stem / "model/model.safetensors"
+        )
+        for s in (0, 1)
+    ]
+    for name, value in load_file(made).items():
+        np.testing.assert_allclose(value, (members[0][name] + members[1][name]) / 2, atol=1e-7)
+
+
+def test_a_budget_sets_the_steps(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The budget, less what was spent before, over the cost of a step in the probe."""
+    seen: list[int] = []
+
+    def train(self: World, cell: Cell, settings: Any, out: Path, **_: Any) -> tuple[float, float]:
+        seen.append(settings["steps"])
+        return 0.5 + 0.1 * (settings["steps"] - 1), 0.5
+
+    monkeypatch.setattr(World, "_train", train)
+    monkeypatch.setattr(World, "score", lambda *_: {})
+    before = world.cost(world.store("plain"))
+    for seed in (0, 1):
+        world.result(Cell(train={"lr": 0.5}, mined=False, budget=60.0, seed=seed))
+    want = round((60 - before - 0.5) / 0.1)
+    assert seen == [24, want, want]  # one probe for both seeds
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as EMBKIT_REAL_DATA names one, with made-up rows."""
+    home = tmp_path_factory.mktemp("real")
+
+    def write(name: str, rows: list[dict[str, Any]]) -> None:
+        path = home / f"{name}.jsonl.zst"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        path.write_bytes(zstandard.compress(text.encode()))
+
+    for name in {*real.PRE, *real.FINE}:
+        kind = "prefinetune" if name in real.PRE else "finetune"
+        rows = [
+            {"query": f"{name} query {i}", "positive": f"p{i // 3} passage of {name}", "lang": "en"}
+            for i in range(240)
+        ]
+        write(f"pairs/{kind}/{name}.en", rows)
+    for split in ("train", "dev", "test"):
+        pair = {"sentence1": f"{split} a", "sentence2": "b", "score": 1}
+        write(f"sts/stsb-en.{split}", [pair, {**pair, "score": 2}])
+    for name in real.LABELS:
+        for split in ("train", "test"):
+            rows = [{"text": f"{split} {name} {i}", "label": i % 3} for i in range(300)]
+            write(f"classification/{name}.{split}", rows)
+    for name in real.TEST:
+        write(f"retrieval/{name}/corpus", [{"_id": "1", "title": "", "text": "t"}])
+        write(f"retrieval/{name}/queries", [{"_id": "2", "text": "t"}])
+        write(f"retrieval/{name}/qrels", [{"query_id": "2", "corpus_id": "1", "score": 1}])
+    return home
+
+
+def test_groups_are_held_out_whole(folder: Path, tmp_path: Path) -> None:
+    from embkit.data.sources import read_jsonl
+    from embkit.evaluate import load_split
+
+    out = real.build(folder, tmp_path / "data")
+    dev = {found.name: found for found in load_split(out / "dev")}
+    for name in real.HELD:
+        held: Any = dev[f"retrieval/{name}"]
+        rows = read_jsonl(out / "train" / f"{name}.jsonl")
+        assert 5 <= len(rows) / 240 * 16 <= 16 and held.queries
+        groups = {real.group(name, row) for row in rows}
+        assert not groups & {real.group(name, {"positive": text}) for text in held.corpus}
+        assert len(held.queries) == 240 - len(rows)
+        right = [held.corpus[next(iter(found))] for found in held.judged]
+        place = {f"{name} query {i}": f"p{i // 3} passage of {name}" for i in range(240)}
+        assert right == [place[query] for query in held.queries]
+    for name in real.LABELS:
+        found: Any = dev[f"classification/{name}"]
+        texts = {row["text"] for row in read_jsonl(out / "train" / f"{name}.jsonl")}
+        assert found.test and not texts & set(found.test)
+        assert max(map(found.train_label.count, set(found.train_label))) <= 40
+
+
+def test_noise_moves_positives_of_a_third(folder: Path, tmp_path: Path) -> None:
+    rows = [{"query": f"q{i}", "positive": f"p{i}"} for i in range(3000)]
+    noisy = real.noisy("medquad", rows)
+    wrong = sum(a["positive"] != b["positive"] for a, b in zip(rows, noisy, strict=True))
+    assert wrong == pytest.approx(1000, abs=100)
+    assert sorted(r["positive"] for r in noisy) == sorted(r["positive"] for r in rows)
+    assert real.noisy("wordnet", rows) == rows
+
+
+def test_both_sides_try_as_many_settings() -> None:
+    assert len(group.GRID) == len(group.OURS) == 6
+    assert isinstance(group.REAL, Plan)

@@ -1,8 +1,9 @@
 """A miner that needs no torch: ranked lists that follow from the weights alone.
 
-python fake_miner.py STORE MODEL OUT [SECONDS]
+python fake_miner.py STORE MODEL OUT [SECONDS [BY]]
 
-Each example gets 12 rows of the store, drawn with the weights' hash as the seed.
+Each example gets 12 rows of the store, drawn with the weights' hash as the seed, or by the step of
+the weights when BY is "step": other ranks have other last bits.
 """
 
 from __future__ import annotations
@@ -21,12 +22,14 @@ from embkit.stage import stage
 LONG = 12
 
 
-def main(store_path: str, model: str, out: str, seconds: str = "0") -> None:
+def main(store_path: str, model: str, out: str, seconds: str = "0", by: str = "weights") -> None:
     time.sleep(float(seconds))
     # Not embkit.data: a process starts in a fifth of the time without it.
     store = json.loads((Path(store_path) / "manifest.json").read_text())
-    weights = (Path(model) / "model.safetensors").read_bytes()
-    seed = int.from_bytes(hashlib.sha256(weights).digest()[:8], "little")
+    drawn_by = (Path(model) / "model.safetensors").read_bytes()
+    if by == "step":
+        drawn_by = Path(out).name.encode()
+    seed = int.from_bytes(hashlib.sha256(drawn_by).digest()[:8], "little")
     with stage(out, name="mine", params={"seed": str(seed)}, kind="embkit.negatives") as work:
         if work.done:
             return

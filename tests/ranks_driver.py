@@ -168,6 +168,12 @@ def ended(children: list[int]) -> list[int]:
     return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children]
 
 
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
 def meet(out: Path, name: str, rank: int, world: int) -> None:
     dist.init_process_group(
         "gloo", init_method=f"file://{out}/{name}", rank=rank, world_size=world,
@@ -224,9 +230,7 @@ def lost(store: Store, model: Path, out: Path, how: str) -> list[int]:
                 os.kill(int(pids.read_text()), signal.SIGKILL)
             os._exit(3)
 
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     return start(2, work)
 
 

@@ -15,7 +15,7 @@ import torch
 
 from embkit.data import Store
 from embkit.errors import UsageError
-from embkit.recipe import Dynamic, Part, Train
+from embkit.recipe import Part, Train
 from embkit.train.checkpoint import load
 from embkit.train.checks import ranks_fit
 from embkit.train.parallel import Ranks
@@ -115,5 +115,3 @@ def test_a_run_that_does_not_fit_its_ranks() -> None:
         ranks_fit(Train(parts=parts), two)
     with pytest.raises(UsageError, match="Sets of 4 ranks do not divide 2"):
         ranks_fit(Train(sharding="hybrid", shard_ranks=4), two)
-    with pytest.raises(UsageError, match="need a single process"):
-        ranks_fit(Train(hard_negatives=2, dynamic=Dynamic(rule="conan-v2")), two)

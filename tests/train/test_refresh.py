@@ -19,7 +19,8 @@ from embkit.errors import CorruptError, EmbkitError, Preempted, UsageError
 from embkit.mine import load_negatives
 from embkit.model import Encoder
 from embkit.recipe import Dynamic, from_table, load
-from embkit.train import Miner, finetune, negatives, refresh
+from embkit.train import Miner, finetune, refresh
+from embkit.train import step as one_step
 
 FAKE = Path(__file__).parents[1] / "fake_miner.py"
 SETTINGS: dict[str, Any] = {
@@ -51,9 +52,9 @@ def test_tables_are_swapped_on_schedule(
     """Weights of step 8 and 16, first trained on in steps 14 and 22 (from 1): late or not."""
     used: dict[int, list[tuple[int, list[int]]]] = {}
     kept: dict[str, tuple[np.ndarray, ...]] = {"0": load_negatives(ranked, "retrieval")}
-    real, swap = negatives.mean_scores, refresh.Refresh.wait
+    real, swap = one_step.mean_scores, refresh.Refresh.wait
 
-    def spy(embeddings: Any, batch: Any) -> np.ndarray:
+    def spy(embeddings: Any, batch: Any) -> Any:
         filled = batch.filled
         rows = filled.rows[filled["hard"]].tolist()
         used[filled.step] = list(zip(filled.examples.tolist(), rows, strict=True))
@@ -65,7 +66,7 @@ def test_tables_are_swapped_on_schedule(
         kept[str(number)] = tuple(np.array(column) for column in table)
         return seconds
 
-    monkeypatch.setattr(negatives, "mean_scores", spy)
+    monkeypatch.setattr(one_step, "mean_scores", spy)
     monkeypatch.setattr(refresh.Refresh, "wait", waited)
     runs = []
     for threads, late in ((1, 0.0), (3, 0.7)):

@@ -218,8 +218,9 @@ class Train:
             "of range.",
             "refresh_every is 0 (never) or at least refresh_lag, refresh_lag at least 3",
         )
+        counts = [part.hard_negatives for part in self.parts] or [self.hard_negatives]
         require(
-            not self.dynamic.on or self.hard_negatives > 0,
+            not self.dynamic.on or max(counts) > 0,
             "dynamic replaces hard negatives, and hard_negatives is 0.",
             "set hard_negatives, e.g. 2",
         )
@@ -237,16 +238,15 @@ class Train:
         self._check_parts()
 
     def _check_parts(self) -> None:
-        several = bool(self.parts) or self.accumulate > 1
         require(
             not (self.parts and self.accumulate > 1),
             "parts and accumulate both say what a step is made of.",
             "leave accumulate out, or repeat a part",
         )
         require(
-            not (several and (self.dynamic.on or self.refresh_every)),
-            "Hard negatives that change (dynamic, refresh_every) need one batch a step.",
-            "leave parts and accumulate out, or dynamic and refresh_every",
+            not (self.accumulate > 1 and (self.dynamic.on or self.refresh_every)),
+            "accumulate, and hard negatives that change (dynamic, refresh_every).",
+            "leave one out: a larger batch_size needs no more memory (graph_memory)",
         )
         shares = [part.ranks for part in self.parts]
         require(

@@ -148,7 +148,7 @@ class Steps:
 
     Attributes:
         several: whether a step has more than one part.
-        batches: of the first part; with one part, of the run.
+        sizes: rows of each part's global batch.
         examples, skipped: of all parts, as in :class:`embkit.data.Batches`.
 
     Raises:
@@ -217,7 +217,7 @@ class Steps:
         self.count = len(self._all)
         self._own = [s for i, s in enumerate(self._all) if own in (None, i)]
         self._stride = self._all[0].stride
-        self.batches = self._all[0].batches
+        self.sizes = sizes * (self.count // len(sizes))
 
     @property
     def distinct(self) -> list[Batches]:
@@ -264,13 +264,17 @@ class Steps:
         *,
         threads: int,
         device: torch.device,
-        before: Callable[[int], Any] | None = None,
+        before: Callable[[int, int], Any] | None = None,
     ) -> Iterator[Batch]:
-        """The batches of steps ``start`` to ``stop`` in order, assembled ahead by threads."""
+        """The batches of steps ``start`` to ``stop`` in order, assembled ahead by threads.
+
+        Args:
+            before: as in :meth:`embkit.data.Batches.stream`, with a part's place before the step.
+        """
         ahead = [
             s.batches.stream(
                 start * s.stride + s.start, stop * s.stride, stride=s.stride, threads=threads,
-                before=before,
+                before=None if before is None else partial(before, s.about["place"]),
             )
             for s in self._own
         ]  # fmt: skip

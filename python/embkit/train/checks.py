@@ -64,10 +64,10 @@ def before_training(encoder: Encoder, store: Any) -> None:
 
 
 def ranks_fit(config: Train, ranks: Ranks) -> None:
-    """What a run of several ranks cannot do is refused; the recipe's numbers of ranks must fit.
+    """The recipe's numbers of ranks must fit those of the run.
 
     Raises:
-        UsageError: fewer (or more) ranks than the recipe needs, or negatives that change.
+        UsageError: fewer (or more) ranks than the recipe needs.
     """
     needed = sum(part.ranks for part in config.parts)
     if needed and ranks.world not in (1, needed):
@@ -82,11 +82,6 @@ def ranks_fit(config: Train, ranks: Ranks) -> None:
             f"Sets of {config.shard_ranks} ranks do not divide {ranks.world} ranks.",
             where="shard_ranks",
             fix="give a divisor of the number of ranks, such as the GPUs of one machine",
-        )
-    if ranks.world > 1 and (config.dynamic.on or config.refresh_every):
-        raise UsageError(
-            "Negatives that change during training (dynamic, refresh_every) need a single process.",
-            fix="mine between two stages instead, or run this one without torchrun",
         )
 
 

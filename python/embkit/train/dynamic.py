@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from embkit.data.tables import Array
     from embkit.train.batches import Batch
 
-_PREFIX = "dynamic."
 _COLUMNS = {
     "slice": np.int32,  # which slice of the list
     "since": np.int32,  # the step from which batches have it; those before have the slice before
@@ -57,7 +56,7 @@ class Slices:
             negatives per example. since: the first step that trains on this table.
 
     Raises:
-        UsageError: no retrieval task, or no list that is long enough for a slice.
+        UsageError: no list of a task is long enough for a slice.
     """
 
     def __init__(self, rule: Dynamic, batches: Batches, *, n: int, since: int = 0) -> None:
@@ -69,11 +68,6 @@ class Slices:
                 columns = {key: np.zeros(count, dtype) for key, dtype in _COLUMNS.items()}
                 self.tasks[number] = _Task(number, columns, [])
                 self._check_lists(number, count)
-        if not self.tasks:
-            raise UsageError(
-                "dynamic replaces hard negatives, and no task of the mixture is retrieval.",
-                fix='set dynamic.rule = "off"',
-            )
 
     def _check_lists(self, number: int, count: int) -> None:
         longest = int(self.loader.listed(number, np.arange(count, dtype=np.uint64)).max())
@@ -154,21 +148,21 @@ class Slices:
             "first": float(first.mean()),
         }
 
-    def tensors(self) -> dict[str, Array]:
+    def columns(self) -> dict[str, Array]:
         """The state by name, for a checkpoint."""
         return {
-            f"{_PREFIX}{self.names[t.number]}.{key}": column
+            f"{self.names[t.number]}.{key}": column
             for t in self.tasks.values()
             for key, column in t.columns.items()
         }
 
     def restore(self, tensors: Mapping[str, torch.Tensor], *, done: int) -> None:
-        """Put back what :meth:`tensors` gave after ``done`` steps.
+        """Put back what :meth:`columns` gave after ``done`` steps.
 
         Raises:
             CorruptError: the state is of other tasks or examples.
         """
-        want = self.tensors()
+        want = self.columns()
         if {k: tuple(v.shape) for k, v in tensors.items()} != {k: v.shape for k, v in want.items()}:
             raise CorruptError(
                 "The state of the hard negatives in the checkpoint is of other data.",
@@ -193,8 +187,10 @@ def no_longer_hard(rule: Dynamic, first: Array, now: Array) -> Array:
     return np.asarray(fallen | (first < rule.floor))
 
 
-def mean_scores(embeddings: torch.Tensor, batch: Batch) -> Array:
+def mean_scores(embeddings: torch.Tensor, batch: Batch) -> torch.Tensor:
     """Mean cosine of each query with its hard negatives at full width, float32 [b].
+
+    Stays on the device of the embeddings, so that nothing waits for it.
 
     Args:
         embeddings: [R, D] of the step, as the loss takes them.
@@ -208,10 +204,5 @@ def mean_scores(embeddings: torch.Tensor, batch: Batch) -> Array:
         h_BHD = e_RD[batch.hard.to(e_RD.device)]
         mask = batch.sides.hard_mask.to(e_RD.device)
         cosine = torch.nn.functional.cosine_similarity(q_BD[:, None], h_BHD, dim=2)
-        mean = torch.where(mask, cosine, 0.0).sum(1) / mask.sum(1)
-    return mean.cpu().numpy()
-
-
-def split(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The state of :class:`Slices` among a checkpoint's tensors."""
-    return {k: tensors[k] for k in tensors if k.startswith(_PREFIX)}
+        mean: torch.Tensor = torch.where(mask, cosine, 0.0).sum(1) / mask.sum(1)
+    return mean

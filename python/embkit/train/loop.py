@@ -28,7 +28,6 @@ from embkit.train import checks
 from embkit.train.batches import Batch, Steps, allocator, layout_of
 from embkit.train.callbacks import About, Callback, Callbacks
 from embkit.train.checkpoint import sha256_tensors
-from embkit.train.dynamic import split
 from embkit.train.evaluation import Evaluation
 from embkit.train.log import Log, save_failed_batch
 from embkit.train.negatives import Negatives
@@ -170,7 +169,7 @@ def train(
         encoder.check_steps(config.steps)
         watching = [TensorBoard(), *reporters(config.watch.report_to), *callbacks]
         run = _Run(
-            copy.deepcopy(encoder).to(device), store, mined, miner, config, work,
+            encoder, device, store, mined, miner, config, work,
             Callbacks(watching if ranks.first else ()), ranks,
         )  # fmt: skip
         if not fresh:
@@ -178,7 +177,7 @@ def train(
         label = name.capitalize() if ranks.first else None
         with deterministic(), bar(label, total=config.steps, unit="steps") as progress:
             run.all(name, progress)
-        trained = run.result(encoder)
+        trained = run.result()
 
         def publish() -> None:
             shutil.rmtree(work.dir / REFRESH, ignore_errors=True)
@@ -205,7 +204,8 @@ class _Run:
 
     def __init__(
         self,
-        encoder: Encoder,
+        start: Encoder,
+        device: torch.device,
         store: Any,
         negatives: Path | None,
         miner: Miner | None,
@@ -214,7 +214,8 @@ class _Run:
         callbacks: Callback,
         ranks: Ranks,
     ) -> None:
-        self.encoder, self.config, self.work, self.ranks = encoder, config, work, ranks
+        self.encoder = encoder = copy.deepcopy(start).to(device)
+        self.start, self.config, self.work, self.ranks = start, config, work, ranks
         self.store, self.folder, self.callbacks = store, work.dir, callbacks
         self.about = checks.identity(work.digest, _decisive(config), encoder, store)
         self.steps = Steps(
@@ -233,8 +234,9 @@ class _Run:
         weights = spread(encoder, config, ranks)
         self.optimizer = Optimizer(encoder, config)
         self.step = Step(
-            encoder, config, self.optimizer, ranks=ranks, weights=weights, parts=self.steps.count
-        )
+            encoder, config, self.optimizer, ranks=ranks, weights=weights, parts=self.steps.count,
+            scored=self.steps.sizes if config.dynamic.on else (),
+        )  # fmt: skip
         self.sharded = weights.sharded
         self.profile = Profile()
         self.evaluation = Evaluation(config.watch)
@@ -252,24 +254,31 @@ class _Run:
         self.encoder.adopt_prompts(self.store.prompts, self.store.task_prompts)
         self.encoder.max_length = {**self.encoder.max_length, **self.store.max_length}
 
-    def result(self, start: Encoder) -> Encoder:
-        """What was trained, in one piece on every rank.
-
-        Args:
-            start: the encoder that the run began with; weights of shards go into a copy of it.
-        """
+    def result(self) -> Encoder:
+        """What was trained, in one piece on every rank."""
         if self.config.watch.best == "export":
             self.state.load_best()
         else:
             self.optimizer.adopt_average()
         if self.sharded:
-            weights, sharded = whole_state(self.encoder), self.encoder
-            self.encoder = copy.deepcopy(start)
-            self.encoder.load_state_dict(weights)
-            self.encoder.soft_mask_step = sharded.soft_mask_step
-            self.encoder.prompts, self.encoder.max_length = sharded.prompts, sharded.max_length
+            self.encoder = self._in_one_piece(whole_state(self.encoder))
         self.encoder.finish()
         return self.encoder
+
+    def _for_refresh(self) -> Encoder | None:
+        """The encoder as it is, on the first rank; every rank must ask."""
+        if not self.sharded:
+            return self.encoder
+        weights = whole_state(self.encoder)
+        return self._in_one_piece(weights) if self.ranks.first else None
+
+    def _in_one_piece(self, weights: Mapping[str, torch.Tensor]) -> Encoder:
+        """The encoder, of which this process has a shard, with all weights."""
+        found = copy.deepcopy(self.start)
+        found.load_state_dict(weights)
+        found.soft_mask_step = self.encoder.soft_mask_step
+        found.prompts, found.max_length = self.encoder.prompts, self.encoder.max_length
+        return found
 
     def all(self, name: str, progress: Bar) -> None:
         """Every step that is still to do."""
@@ -279,7 +288,7 @@ class _Run:
             start = self._resume()
             progress.start(start)
             steps, negatives = self.config.steps, self.negatives
-            negatives.idle = lambda: self._preempt() if stop.requested else None
+            negatives.idle = lambda: self._preempt() if self.ranks.any(stop.requested) else None
             self.speed = Speed(self.profile, self.encoder, world=self.ranks.world)
             self.callbacks.on_start(
                 About(
@@ -303,7 +312,7 @@ class _Run:
                     self.profile.wait += began - mark
                     shown = self._step(batch)
                     done = self.done = batch.step + 1
-                    negatives.updated(done, self.encoder)
+                    negatives.updated(done, self._for_refresh)
                     if self.ranks.any(stop.requested) and done < steps:
                         self._preempt()
                     best = self.evaluation.best_at(done)
@@ -347,7 +356,7 @@ class _Run:
         step = batch.step + 1
         done = self.step.run(batch, clock)
         self._check(batch, done)
-        more = dict(self.negatives.after(batch, done.embeddings))
+        more = dict(self.negatives.after(batch.step, done.scores))
         clock.lap("negatives")
         self.speed.count(batch)
         clock.lap("other")
@@ -422,14 +431,14 @@ class _Run:
         if found is not None:
             self.done = int(found.state["step"])
             self.encoder.begin_step(self.done - 1)
-            self.negatives.restore(split(found.optimizer), found.state, self.done)
+            self.negatives.restore(found.optimizer, found.state, self.done)
         lines = self.log.start(self.done, int(found.state["log_bytes"]) if found else 0)
         self.spikes = Spikes(self.config.watch.spike, lines)
         return self.done
 
     def _open_negatives(self) -> None:
         self.negatives = Negatives(
-            self.config, self.steps.batches, given=self.given, miner=self.miner,
+            self.config, self.steps.distinct, ranks=self.ranks, given=self.given, miner=self.miner,
             folder=self.folder / REFRESH, threads=self.state.threads, profile=self.profile,
         )  # fmt: skip
 

@@ -2,20 +2,22 @@
 
 Both decide what is in a batch, and batches are assembled ahead, so both are functions of the step
 that a batch is for: a slice from ``dynamic.lag`` steps after its check on, a table from
-``refresh_lag`` steps after its weights on.
+``refresh_lag`` steps after its weights on. With several ranks all of them hold the same slices,
+because a step gives each the scores of the whole global batch, and swap tables at the same step.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
-from embkit.train.dynamic import Slices, mean_scores
+from embkit.errors import UsageError
+from embkit.train.dynamic import Slices
+from embkit.train.parallel import Ranks
 from embkit.train.refresh import Miner, Refresh, changed, told
 
 if TYPE_CHECKING:
@@ -23,40 +25,73 @@ if TYPE_CHECKING:
     from embkit.data.tables import Array
     from embkit.model import Encoder
     from embkit.recipe import Train
-    from embkit.train.batches import Batch
     from embkit.train.profile import Profile
+
+_PREFIX = "dynamic."  # of the state of slices among a checkpoint's tensors
+
+
+class _Source:
+    """The batches of one part of a step, and the slices of its examples.
+
+    Attributes:
+        table: number of the table that the batches take their negatives from.
+    """
+
+    def __init__(self, batches: Batches, hard_negatives: int, label: str) -> None:
+        self.batches, self.n, self.label, self.table = batches, hard_negatives, label, 0
+        self.slices: dict[int, Slices] = {}  # by number of the table
+
+    def has_slices(self) -> bool:
+        """Whether any of its examples has hard negatives."""
+        kinds = {self.batches.store.task(name)["kind"] for name in self.batches.examples}
+        return self.n > 0 and "retrieval" in kinds
 
 
 class Negatives:
     """The hard negatives of a run. Does nothing where the settings leave both switched off.
 
     Args:
-        batches: of the run; its table is changed at a swap. given: directory of the negatives that
-            the run was given. miner: of the refresh. folder: for its weights and tables. threads:
-            torch's. profile: takes the seconds of swaps.
+        parts: the batches of each part of a step; their tables are changed at a swap. ranks: of
+            the run. given: directory of the negatives that the run was given. miner: of the
+            refresh. folder: for its weights and tables. threads: torch's. profile: takes the
+            seconds of swaps.
 
     Attributes:
-        idle: called again and again while a table is awaited; may raise.
+        idle: called again and again while a table is awaited, on every rank; may raise.
+
+    Raises:
+        UsageError: dynamic, and no part has hard negatives.
     """
 
     def __init__(
         self,
         config: Train,
-        batches: Batches,
+        parts: Sequence[Batches],
         *,
+        ranks: Ranks,
         given: Path | None,
         miner: Miner | None,
         folder: Path,
         threads: int,
         profile: Profile,
     ) -> None:
-        self.config, self.batches, self.given, self.profile = config, batches, given, profile
+        self.config, self.ranks, self.given, self.profile = config, ranks, given, profile
         self.refresh: Refresh | None = None
         if miner is not None:
-            self.refresh = Refresh(miner, config, folder, threads=threads)
+            self.refresh = Refresh(miner, config, folder, threads=threads, ranks=ranks)
         self.dynamic = config.dynamic.on
         self.idle: Callable[[], None] = lambda: None
-        self._slices: dict[int, Slices] = {}  # by number of the table
+        counts = [part.hard_negatives for part in config.parts] or [config.hard_negatives]
+        self._sources = [
+            _Source(batches, n, f"{place}/" if config.parts else "")
+            for place, (batches, n) in enumerate(zip(parts, counts, strict=True))
+        ]
+        self._sliced = [s for s in self._sources if self.dynamic and s.has_slices()]
+        if self.dynamic and not self._sliced:
+            raise UsageError(
+                "dynamic replaces hard negatives, and no task of the mixture is retrieval.",
+                fix='set dynamic.rule = "off"',
+            )
         self._swaps: dict[int, dict[str, Any]] = {}  # by step, for the log
 
     @property
@@ -70,47 +105,64 @@ class Negatives:
         lags += [self.config.refresh_lag] if self.refresh is not None else []
         return min([wanted, *(lag - 2 for lag in lags)])
 
-    def before(self, step: int) -> Array | None:
-        """Settle what a step's batch needs: swap its table in, and say where its slices begin."""
-        number = self._number(step)
-        if number != self._number(max(step - 1, 0)):
-            self._swap(step, number)
-        return self._of(number).starts(step) if self.dynamic else None
+    def before(self, place: int, step: int) -> Array | None:
+        """Settle what a batch needs: swap its table in, and say where its slices begin.
 
-    def after(self, batch: Batch, embeddings: torch.Tensor) -> dict[str, Any]:
-        """Take the scores of a trained step; returns what there is to log."""
-        step, out = batch.filled.step, {}
-        if self.dynamic:
-            examples = batch.filled.examples
-            scores = np.full(len(examples), np.nan, np.float32)
-            if batch.hard.shape[1]:
-                scores = mean_scores(embeddings, batch)
-            number = self._number(step)
-            for past in [k for k in self._slices if k < number]:
-                del self._slices[past]
-            counts = self._of(number).observe(step, examples, scores)
-            out = {"negatives": counts} if counts else {}
+        Args:
+            place: of its part. step: of the batch; every rank comes to its swaps at the same point.
+        """
+        source, number = self._sources[place], self._number(step)
+        if number != source.table:
+            self._await(step, number)
+            self._use(source, number)
+        return self._slices(source, number).starts(step) if source in self._sliced else None
+
+    def after(self, step: int, scores: Sequence[Array]) -> dict[str, Any]:
+        """Take the scores of a trained step (of each part, [B]); returns what there is to log."""
+        number = self._number(step)
+        counts: dict[str, Any] = {}
+        for source in self._sliced:
+            slices = self._slices(source, number)
+            source.slices = {k: v for k, v in source.slices.items() if k >= number}
+            _, examples = slices.loader.examples(step)
+            found = slices.observe(step, examples, scores[self._sources.index(source)])
+            counts |= {source.label + name: count for name, count in found.items()}
+        out: dict[str, Any] = {"negatives": counts} if counts else {}
         if step in self._swaps:
             out["refresh"] = self._swaps.pop(step)
         return out
 
-    def updated(self, done: int, encoder: Encoder) -> None:
-        """The weights after ``done`` steps are there: a refresh may begin with them."""
+    def updated(self, done: int, encoder: Callable[[], Encoder | None]) -> None:
+        """The weights after ``done`` steps are there: a refresh may begin with them.
+
+        Args:
+            encoder: gives them in one piece on the first rank; called on all ranks or on none.
+        """
         if self.refresh is not None:
             self.refresh.after_step(done, encoder)
 
-    def tensors(self, done: int) -> dict[str, Any]:
-        """What a checkpoint after ``done`` steps holds, arrays by name."""
-        return dict(self._of(self._number(done)).tensors()) if self.dynamic else {}
+    def tensors(self, done: int) -> dict[str, torch.Tensor]:
+        """What a checkpoint after ``done`` steps holds, by name; the same on every rank."""
+        number = self._number(done)
+        return {
+            _PREFIX + source.label + name: torch.from_numpy(column)
+            for source in self._sliced
+            for name, column in self._slices(source, number).columns().items()
+        }
 
     def state(self, done: int) -> dict[str, Any]:
-        """What its state.json says."""
-        return {} if self.refresh is None else {"refresh": self.refresh.state(done)}
+        """What its state.json says; the first rank writes it."""
+        if self.refresh is None or not self.ranks.first:
+            return {}
+        return {"refresh": self.refresh.state(done)}
 
     def restore(
         self, tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any], done: int
     ) -> None:
         """Go on after ``done`` steps.
+
+        Args:
+            tensors: of a checkpoint, among them what :meth:`tensors` gave. state: its state.json.
 
         Raises:
             CorruptError: what the checkpoint names is missing, damaged, or of another run.
@@ -119,13 +171,20 @@ class Negatives:
             return
         number = self._number(done)
         if self.refresh is not None:
-            self.refresh.resume(state["refresh"], done)
-            if number and done == self.refresh.since(number):
+            refresh = self.refresh
+            self.ranks.once(lambda: refresh.resume(state["refresh"], done))
+            if number and done == refresh.since(number):
                 return  # the swap comes with the first batch, and starts anew
-            if number:
-                self.batches.use(self.refresh.table(number))
-        if self.dynamic:
-            self._of(number).restore(tensors, done=done)
+            for source in self._sources:
+                self._use(source, number)
+        for source in self._sliced:
+            slices, prefix = self._slices(source, number), _PREFIX + source.label
+            own = {
+                name.removeprefix(prefix): tensors[name]
+                for name in tensors
+                if name.startswith(prefix)
+            }
+            slices.restore(own, done=done)
 
     def prune(self, oldest: int) -> None:
         """Remove what is older than the oldest checkpoint."""
@@ -140,25 +199,36 @@ class Negatives:
     def _number(self, step: int) -> int:
         return 0 if self.refresh is None else self.refresh.number(step)
 
-    def _of(self, number: int) -> Slices:
+    def _slices(self, source: _Source, number: int) -> Slices:
         """The slices over a table, anew when it is met for the first time."""
-        if number not in self._slices:
-            self._slices[number] = Slices(
+        if number not in source.slices:
+            if source.table != number:  # of a part that other ranks work on: nobody swapped it here
+                self._use(source, number)
+            source.slices[number] = Slices(
                 self.config.dynamic,
-                self.batches,
-                n=self.config.hard_negatives,
+                source.batches,
+                n=source.n,
                 since=0 if self.refresh is None else self.refresh.since(number),
             )
-        return self._slices[number]
+        return source.slices[number]
 
-    def _swap(self, step: int, number: int) -> None:
+    def _use(self, source: _Source, number: int) -> None:
+        if number != source.table:
+            assert self.refresh is not None
+            source.batches.use(self.refresh.table(number))
+            source.table = number
+
+    def _await(self, step: int, number: int) -> None:
+        """Until a table is there; every part of a step comes here, the first one waits."""
+        if step in self._swaps:
+            return
         assert self.refresh is not None
         began = time.perf_counter()
         waited = self.refresh.wait(number, self.idle)
-        table = self.refresh.table(number)
+        table, store = self.refresh.table(number), self._sources[0].batches.store
         before = self.refresh.table(number - 1) if number > 1 else self.given
-        shares = changed(self.batches.store, before, table)
-        self.batches.use(table)
+        shares = self.ranks.once(lambda: changed(store, before, table))
         self._swaps[step] = {"weights": number * self.config.refresh_every, "changed": shares}
-        told(number, waited, shares)
+        if self.ranks.first:
+            told(number, waited, shares)
         self.profile.refresh += time.perf_counter() - began

@@ -4,6 +4,9 @@ After step kN the weights are published as a model directory; a miner reads it a
 of negatives; the first batch that has them is that of step kN + L. Which table a step has is
 a function of the schedule alone: training waits for a table that is late.
 
+With several ranks the first one publishes, mines and looks on; the others hear from it, a few times
+a second while they wait, so that a late miner is no rank that does not answer.
+
 The miner is a process of its own, started from a command. A thread would share the generators of
 random numbers, the number of torch threads and the GIL with the training, and its timing would
 show in the model's bits; a process also keeps its memory and its crashes to itself. A miner that
@@ -14,9 +17,11 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,13 +34,20 @@ from embkit.data.tables import Array, owners
 from embkit.errors import CorruptError, EmbkitError, UsageError
 from embkit.progress import say
 from embkit.stage import check_files, digest_of, stage
+from embkit.train.parallel import Ranks
 
 if TYPE_CHECKING:
     from embkit.data.loader import Store
     from embkit.model import Encoder
     from embkit.recipe import Train
 
-_POLL = 0.02  # seconds
+_ROUND = 0.2  # seconds that the first rank looks at a miner before all ranks hear of it
+_GRACE = 1.0  # seconds between a SIGTERM to the miner and one to the run, by the same sender
+# What a launcher of ranks tells its processes; a miner is none of them.
+_LAUNCHER = (
+    "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE",
+    "ROLE_RANK", "ROLE_NAME", "ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
+)  # fmt: skip
 _CHUNK = 65536  # examples that are compared at a time
 
 
@@ -59,15 +71,21 @@ class Refresh:
     """The tables of a run by number: 0 is what it was given, k is mined after step kN.
 
     Args:
-        miner: the command. config: refresh_every N, refresh_lag L, steps. folder: for models and
-            tables. threads: of the miner, so that it gives the same bits when the run resumes.
+        miner: the command. config: refresh_every N, refresh_lag L, steps, rank_timeout. folder: for
+            models and tables, which all ranks see. threads: of the miner, so that it gives the same
+            bits when the run resumes. ranks: of the run; the first has the miner.
     """
 
-    def __init__(self, miner: Miner, config: Train, folder: Path, *, threads: int) -> None:
+    def __init__(
+        self, miner: Miner, config: Train, folder: Path, *, threads: int, ranks: Ranks | None = None
+    ) -> None:
         self.miner, self.folder, self.threads = miner, folder, threads
+        self.ranks, self.timeout = ranks or Ranks(), config.rank_timeout
         self.every, self.lag, self.steps = config.refresh_every, config.refresh_lag, config.steps
-        self.folder.mkdir(exist_ok=True)
+        if self.ranks.first:
+            self.folder.mkdir(exist_ok=True)
         self._process: tuple[int, subprocess.Popen[bytes]] | None = None
+        self._spared = False
 
     def number(self, step: int) -> int:
         """The table that a step (from 0) trains on."""
@@ -91,11 +109,19 @@ class Refresh:
         """Directory of the weights that a table is mined with."""
         return self.folder / f"weights-{number * self.every:06d}"
 
-    def after_step(self, done: int, encoder: Encoder) -> None:
-        """When weights are due after ``done`` steps, publish them and start the miner."""
+    def after_step(self, done: int, encoder: Callable[[], Encoder | None]) -> None:
+        """When weights are due after ``done`` steps, publish them and start the miner.
+
+        Args:
+            encoder: gives the weights in one piece on the first rank; called where they are due.
+        """
         number = self.pending(done)
-        if number == 0 or done != number * self.every:
-            return
+        if number and done == number * self.every:
+            weights = encoder()
+            self.ranks.once(lambda: self._publish(number, weights))
+
+    def _publish(self, number: int, encoder: Encoder | None) -> None:
+        assert encoder is not None
         params = {"model": encoder.digest()}
         with stage(self.model(number), name="weights", params=params) as work:
             if not work.done:
@@ -112,45 +138,76 @@ class Refresh:
         check_files(self.model(number))
         words = list(self.miner.command(self.model(number) / "model", self.table(number)))
         environment = {
-            **os.environ,
+            **{k: v for k, v in os.environ.items() if k not in _LAUNCHER and "ELASTIC" not in k},
             "OMP_NUM_THREADS": str(self.threads),
             "EMBKIT_PROGRESS": "off",
         }
         with self._log(number).open("wb") as output:
+            # In a session of its own: a signal to the group of this process is for the run, which
+            # ends the miner itself.
             process = subprocess.Popen(
-                words, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment
-            )
+                words, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment,
+                start_new_session=True,
+            )  # fmt: skip
         self._process = (number, process)
 
     def wait(self, number: int, idle: Callable[[], None]) -> float:
-        """Wait until a table is published; returns the seconds.
+        """Wait until a table is published, on every rank; returns the seconds.
 
         Args:
-            idle: called again and again; may raise to stop waiting.
+            idle: called again and again, on every rank; may raise to stop waiting.
 
         Raises:
-            EmbkitError: the miner failed.
+            EmbkitError: the miner failed, or this rank does not see what the first one sees.
         """
         began = time.perf_counter()
-        if self._process is None or self._process[0] != number:  # a run that resumes after it
-            check_files(self.table(number))
-            return 0.0
-        process = self._process[1]
-        while process.poll() is None:
+        while (digest := self.ranks.once(lambda: self._ended(number))) is None:
             idle()
-            time.sleep(_POLL)
-        self._process = None
+        until = time.monotonic() + self.timeout
+        while not self._sees(number, digest):
+            if time.monotonic() > until:
+                raise EmbkitError(
+                    "The refreshed negatives are not those that the first rank sees.",
+                    where=self.table(number),
+                    fix="give all ranks one file system for the run's directory",
+                )
+            time.sleep(_ROUND)
+        return time.perf_counter() - began
+
+    def _ended(self, number: int) -> str | None:
+        """The digest of a table when its miner has ended, after a look of some time at it."""
+        if self._process is not None and self._process[0] == number:
+            process = self._process[1]
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(_ROUND)
+            if process.returncode is None:
+                return None
+            if process.returncode == -signal.SIGTERM and not self._spared:
+                # Who ends everything at once means the run too: hear that first.
+                self._spared = True
+                time.sleep(_GRACE)
+                return None
+            self._check_end(number, process.returncode)
+            self._process = None
+        check_files(self.table(number))  # also where a run resumes after its miner has ended
+        return digest_of(self.table(number))
+
+    def _check_end(self, number: int, code: int) -> None:
         log = self._log(number)
-        if process.returncode != 0 or not (self.table(number) / "manifest.json").is_file():
+        if code != 0 or not (self.table(number) / "manifest.json").is_file():
             last = log.read_text("utf-8", errors="replace").strip().splitlines()[-3:]
             raise EmbkitError(
                 f"The miner of the refresh after step {number * self.every} ended with "
-                f"{process.returncode} and published nothing: {' / '.join(last)}",
+                f"{code} and published nothing: {' / '.join(last)}",
                 where=log,
                 fix="correct what it says, then run the same command again to go on",
             )
         log.unlink(missing_ok=True)
-        return time.perf_counter() - began
+
+    def _sees(self, number: int, digest: str) -> bool:
+        """Whether the table is here as the first rank has it; a shared file system may lag."""
+        table = self.table(number)
+        return (table / "manifest.json").is_file() and digest_of(table) == digest
 
     def state(self, done: int) -> dict[str, Any]:
         """What a checkpoint says after ``done`` steps: the table in use, and the one to come."""

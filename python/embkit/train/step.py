@@ -8,19 +8,23 @@ batch, over all ranks that share it, and one update follows the sum of all gradi
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from embkit.losses import value_and_grad
+from embkit.train.dynamic import mean_scores
 from embkit.train.gradcache import Chunks, graph_bytes, kept_graphs, seed_of
 from embkit.train.optim import Optimizer, learning_rate
 from embkit.train.parallel import Ranks
 from embkit.train.sharding import Replicas, Shards
 
 if TYPE_CHECKING:
+    from embkit.data.tables import Array
     from embkit.model import Encoder
     from embkit.recipe import Train
     from embkit.train.batches import Batch, MicroBatch
@@ -39,7 +43,8 @@ class Done:
             order of the widths.
         norm: of the gradients before clipping; NaN when ``loss`` was no finite number.
         rate: learning rate of the update.
-        embeddings: raw [R, D], detached, one per distinct row of this process's (first) batch.
+        scores: of each part float32 [B], mean cosines of its global batch's queries with their hard
+            negatives, NaN without any; no parts where the step was not told to take them.
         tokens, padded, rows: of the step over all ranks.
         skipped: fp16 overflowed: no update, and the next step has half the scale.
         more: for the log: ``parts``, their losses before they are weighted, when there are several;
@@ -50,7 +55,7 @@ class Done:
     per_dim: list[float]
     norm: float
     rate: float
-    embeddings: torch.Tensor
+    scores: list[Array]
     tokens: int
     padded: int
     rows: int
@@ -66,6 +71,7 @@ class Step:
         ranks: of the run. weights: where they are on those, from :func:`embkit.train.sharding.
             spread`; copies by default.
         parts: of a step, on all ranks together.
+        scored: rows of each part's global batch, when the scores of hard negatives are to be taken.
     """
 
     def __init__(
@@ -77,9 +83,13 @@ class Step:
         ranks: Ranks | None = None,
         weights: Replicas | Shards | None = None,
         parts: int = 1,
+        scored: Sequence[int] = (),
     ) -> None:
         self.encoder, self.config, self.optimizer, self.parts = encoder, config, optimizer, parts
         self.ranks = ranks or Ranks()
+        ends = [0, *accumulate(scored)]
+        self._scored = [slice(a, b) for a, b in pairwise(ends)]
+        self._score_count = ends[-1]
         self.weights = weights or Replicas(optimizer.parameters, self.ranks)
         self._model: Any = encoder
         if config.compile:
@@ -96,25 +106,32 @@ class Step:
         self.encoder.begin_step(batch.step)
         local = (batch, *batch.others)
         widths = len(self.encoder.dims)
-        # Of each part its loss and those of its widths, then the counts: summed over ranks once.
-        report = torch.zeros(self.parts * (1 + widths) + len(_COUNTS), dtype=torch.float64)
-        values, first = [], None
+        # Of each part its loss and those of its widths; counts; a place for the score of each row,
+        # which one rank fills. All are summed over ranks at once.
+        sizes = [self.parts * (1 + widths), len(_COUNTS), self._score_count]
+        report = torch.zeros(sum(sizes), dtype=torch.float64)
+        losses, counts, scores = report.split(sizes)
+        values = []
         for part in local:
             e_RD, *found = self._part(part, clock, last=part is local[-1])
-            values.append((part, found))
-            first = e_RD if first is None else first
-        assert first is not None
+            score = mean_scores(e_RD, part) if self._scored else None
+            values.append((part, found, score))
+            clock.lap("negatives")
         self.weights.finish()
         clock.lap("backward")
         # Values are read once all work is queued: a GPU is not waited for before.
-        for part, (loss, per_dim) in values:
+        for part, (loss, per_dim), score in values:
             at = part.place * (1 + widths)
-            report[at] = loss.double()
-            report[at + 1 : at + 1 + widths] = per_dim.double()
-            counts = (part.filled.tokens, part.filled.padded, len(part.filled.rows))
-            report[-len(_COUNTS) :] += torch.tensor(counts, dtype=torch.float64)
+            losses[at] = loss.double()
+            losses[at + 1 : at + 1 + widths] = per_dim.double()
+            own = (part.filled.tokens, part.filled.padded, len(part.filled.rows))
+            counts += torch.tensor(own, dtype=torch.float64)
+            if score is not None:
+                places = torch.from_numpy(part.filled["position"])
+                scores[self._scored[part.place]][places] = score.double().cpu()
         report = self.ranks.sum(report.to(self.ranks.device())).cpu()
-        *numbers, tokens, padded, rows = report.tolist()
+        losses, counts, scores = report.split(sizes)
+        numbers, (tokens, padded, rows) = losses.tolist(), counts.tolist()
         each = [numbers[i : i + 1 + widths] for i in range(0, len(numbers), 1 + widths)]
         by_place = self._weights(local)
         totals = [
@@ -139,7 +156,7 @@ class Step:
             per_dim=totals[1:],
             norm=norm,
             rate=rate,
-            embeddings=first,
+            scores=[scores[at].float().numpy() for at in self._scored],
             tokens=int(tokens),
             padded=int(padded),
             rows=int(rows),

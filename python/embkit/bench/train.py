@@ -24,7 +24,7 @@ from embkit.errors import EmbkitError
 _AGREE = 1e-4  # relative difference of losses, at every step
 _SIZES = {"hidden": 384, "layers": 6, "heads": 12, "intermediate": 1536, "dims": (384, 256, 128)}
 _BASE = {"hidden": 768, "layers": 12, "heads": 12, "intermediate": 3072, "dims": (768, 512, 256)}
-_SIX = {"hidden": 192, "layers": 6, "heads": 6, "intermediate": 768, "dims": (192, 128, 64)}
+_SIX = {"hidden": 128, "layers": 6, "heads": 4, "intermediate": 512, "dims": (128, 64, 32)}
 _QUICK = {"hidden": 64, "layers": 2, "heads": 4, "intermediate": 128, "dims": (64, 32, 16)}
 _PEERS = {"sentence-transformers": "st", "FlagEmbedding": "flag"}
 

@@ -19,6 +19,7 @@ import numpy as np
 
 from embkit.bench import Case, Reported, Sample, corpus, isa
 from embkit.bench.rivals import Job, Rival
+from embkit.bench.train_loss import bookkeeping
 from embkit.errors import EmbkitError
 
 _AGREE = 1e-4  # relative difference of losses, at every step
@@ -352,5 +353,5 @@ def _cuda() -> str:
 
 
 CASES: tuple[Callable[[bool], Case], ...] = (
-    step, loss, gradcache, overhead, resume, gpu, gpu_memory,
+    step, loss, gradcache, bookkeeping, overhead, resume, gpu, gpu_memory,
 )  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -264,8 +265,10 @@ def test_adapters_where_asked(tokenizer: Tokenizer) -> None:
         encoder_of("llama", tokenizer, tuning=Tuning(lora=2, lora_targets=("q_porj",)))
 
 
-@pytest.mark.skipif(LORA, reason="peft is installed")
-def test_without_peft_lora_says_what_to_install(tokenizer: Tokenizer) -> None:
+def test_without_peft_lora_says_what_to_install(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)  # an import of None fails
     with pytest.raises(UsageError, match=r"embkit\[lora\]"):
         encoder_of("bert", tokenizer, tuning=Tuning(lora=2))
 

@@ -88,7 +88,7 @@ def blocks(backbone: Any) -> nn.ModuleList:
             return module
     raise UsageError(
         f"{type(backbone).__name__} has no list of {count} blocks.",
-        fix="leave keep_layers and freeze = layers:K out with this model",
+        fix="leave keep_layers, freeze = layers:K and layer_lr_decay out with this model",
     )
 
 

@@ -87,7 +87,7 @@ def apply(encoder: Any, tuning: Tuning) -> None:
     if tuning.lora:
         _inject(backbone, tuning)
     for part in tuning.freeze:
-        for parameter in _parameters(encoder, part):
+        for parameter in parameters_of(encoder, part):
             parameter.requires_grad_(False)
     if not any(p.requires_grad for p in encoder.parameters()):
         raise UsageError(
@@ -168,7 +168,12 @@ def _inject(backbone: Any, tuning: Tuning) -> None:
         inject_adapter_in_model(config, backbone, adapter_name=_ADAPTER)
 
 
-def _parameters(encoder: Any, part: str) -> list[nn.Parameter]:
+def parameters_of(encoder: Any, part: str) -> list[nn.Parameter]:
+    """Parameters of a part of an encoder, named as in :attr:`Tuning.freeze`.
+
+    Raises:
+        UsageError: a part or pattern that names nothing.
+    """
     backbone = encoder.backbone
     modules: list[nn.Module] = []
     if part == "backbone":

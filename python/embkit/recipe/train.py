@@ -96,6 +96,9 @@ class Train:
             warmup_steps: their number instead, unless 0.
         schedule: after the warm-up: cosine or linear, down to lr * min_lr_ratio; constant; or wsd,
             constant until the last decay_ratio of the steps, and linear there.
+        projection_lr_scale: factor of the rate for the projection, whose first numbers are often
+            random. layer_lr_decay: factor of the rate from each block to the one below it, and to
+            the token embeddings; 1 is none (docs/step.md).
         weight_decay: decoupled, on matrices only. clip_norm: global gradient norm.
         seed: seed of the plan (order, sampling) and of dropout.
         tasks: mixture weight of each task by name; empty means all tasks by their size, as
@@ -148,6 +151,8 @@ class Train:
     schedule: str = "cosine"
     min_lr_ratio: float = 0.0
     weight_decay: float = 0.01
+    projection_lr_scale: float = 1.0
+    layer_lr_decay: float = 1.0
     clip_norm: float = 1.0
     seed: int = 0
     tasks: Mapping[str, float] = field(default_factory=dict)
@@ -224,7 +229,7 @@ class Train:
             "dynamic replaces hard negatives, and hard_negatives is 0.",
             "set hard_negatives, e.g. 2",
         )
-        for name in ("temperature", "lr", "mixture_temperature"):
+        for name in ("temperature", "lr", "mixture_temperature", "projection_lr_scale"):
             value = getattr(self, name)
             require(value > 0, f"{name} = {value} is not positive.", "give a number above 0")
         for name in ("ema", "decay_ratio", "graph_memory", "warmup_steps"):
@@ -234,6 +239,11 @@ class Train:
                 f"{name} = {value} is negative.",
                 "give a number of at least 0",
             )
+        require(
+            0 < self.layer_lr_decay <= 1,
+            f"layer_lr_decay = {self.layer_lr_decay} is out of range.",
+            "give a factor above 0 and at most 1, e.g. 0.9",
+        )
         require(self.ema < 1, f"ema = {self.ema} never moves.", "give less than 1, e.g. 0.999")
         self._check_parts()
 

@@ -183,6 +183,10 @@ def differences(state: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
         return f"of other settings: {', '.join(changed)}"
     if state.get("data_digest") != wanted["data_digest"]:
         return "on other data: the store has changed"
+    if state.get("parameter_groups") != wanted.get(
+        "parameter_groups", state.get("parameter_groups")
+    ):
+        return "of a model with other blocks"
     if state.get("cursor") != wanted.get("cursor", state.get("cursor")):
         return "of another plan"
     return "of another start model, other negatives or another recipe"

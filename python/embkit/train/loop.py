@@ -46,6 +46,10 @@ from embkit.train.tensorboard import TensorBoard
 if TYPE_CHECKING:
     from embkit.model import Encoder
 
+# Settings that are newer than the others: not among a run's as long as they change nothing, so that
+# runs begun before go on.
+_LATER = ("prompt_dropout", "projection_lr_scale", "layer_lr_decay")
+_DEFAULTS = Train()
 # Settings that change what is seen or how fast, not one bit of the model.
 REFRESH = "refresh"  # folder of a run that is gone when it is published
 _FREE = (
@@ -501,8 +505,7 @@ def _decisive(config: Train) -> dict[str, Any]:
         off = (*off, "dynamic")
     if config.watch.best == "export":
         plain["best"] = config.watch.evaluate_every
-    if not config.prompt_dropout:
-        off = (*off, "prompt_dropout")
+    off = (*off, *(name for name in _LATER if plain[name] == getattr(_DEFAULTS, name)))
     return {key: value for key, value in plain.items() if key not in (*_FREE, *off)}
 
 

@@ -1,4 +1,4 @@
-"""AdamW with decoupled weight decay on matrices, clipping, schedules, averaged weights."""
+"""AdamW with decoupled weight decay, rates by part, clipping, schedules, averaged weights."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import nn
 
 from embkit.errors import CorruptError
 from embkit.recipe import Train
+from embkit.train.groups import described, groups
 from embkit.train.sharding import like, whole
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -48,8 +49,8 @@ class Optimizer:
     """Steps the trainable parameters of a module, and gives its state as named tensors.
 
     Args:
-        module: parameters with two or more axes decay, biases and norms do not.
-        config: lr, weight_decay, clip_norm, betas, eps, adamw, ema, precision.
+        module: what is trained, in the groups of :func:`embkit.train.groups.groups`.
+        config: lr and its scales, weight_decay, clip_norm, betas, eps, adamw, ema, precision.
 
     Attributes:
         scale: what the loss is multiplied by before its gradient is taken: 1, but for fp16, whose
@@ -60,17 +61,10 @@ class Optimizer:
         self.named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
         self.parameters = [p for _, p in self.named]
         self.clip_norm, self.ema = config.clip_norm, config.ema
-        groups = [
-            {
-                "params": [p for p in self.parameters if p.ndim >= 2],
-                "weight_decay": config.weight_decay,
-            },
-            {"params": [p for p in self.parameters if p.ndim < 2], "weight_decay": 0.0},
-        ]
         # Fused is one pass over memory; elementwise, so as deterministic as the plain form.
         self.fused = config.adamw == "fused"
         self.adamw = torch.optim.AdamW(
-            [g for g in groups if g["params"]],
+            groups(module, config),
             lr=config.lr,
             betas=config.betas,
             eps=config.eps,
@@ -81,6 +75,10 @@ class Optimizer:
         self.scaled = config.precision == "fp16"
         self.scale, self._good = (_SCALE if self.scaled else 1.0), 0
         self._average = [p.detach().clone() for p in self.parameters] if self.ema else []
+
+    def groups(self) -> list[dict[str, Any]]:
+        """The parameter groups as a checkpoint names them; [] for the plain ones."""
+        return described(self.adamw.param_groups)
 
     def step(self, rate: float) -> float:
         """Clip, update, clear the gradients; returns the norm before clipping.
@@ -95,7 +93,7 @@ class Optimizer:
         value = float(whole(norm))
         if math.isfinite(value):
             for group in self.adamw.param_groups:
-                group["lr"] = rate
+                group["lr"] = rate * group["lr_scale"]
             self.adamw.step()
             self.count += 1
             if self._average:

@@ -86,6 +86,7 @@ class State:
                 "cursor": self.batches.cursor(done),
                 "epoch": self.batches.epochs(done),
                 "optimizer_steps": count,
+                **self._groups(),
                 "torch_threads": self.threads,
                 "torch": torch.__version__.partition("+")[0],
                 "world": self.world,
@@ -118,7 +119,8 @@ class State:
             )  # fmt: skip
         state = found.state
         checks.checkpoint_fits(
-            found, {**self.about, "cursor": self.batches.cursor(int(state["step"]))}
+            found,
+            {**self.about, "cursor": self.batches.cursor(int(state["step"])), **self._groups()},
         )
         load_state(self.encoder, found.model)
         self._restore_generators(found)
@@ -141,6 +143,10 @@ class State:
             average = {n[4:]: found.optimizer[n] for n in found.optimizer if n.startswith("ema.")}
             load_state(self.encoder, {**found.model, **average})
             self.encoder.begin_step(best["step"] - 1)
+
+    def _groups(self) -> dict[str, Any]:
+        groups = self.optimizer.groups()
+        return {"parameter_groups": groups} if groups else {}
 
     def _generators(self) -> dict[str, torch.Tensor]:
         """States of the random generators of this rank, which dropout draws from."""

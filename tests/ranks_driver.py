@@ -47,6 +47,7 @@ BASE: dict[str, Any] = {
     "temperature": 0.05,
     "lr": 1e-3,
     "warmup_ratio": 0.0,
+    "log_every": 1,
 }
 BALANCED = (
     Part(tasks={"retrieval": 1.0}, batch_size=12, hard_negatives=3, in_batch=False),
@@ -112,6 +113,7 @@ def train(store: Store, model: Path, settings: dict[str, Any], ranks: Ranks) -> 
     for batch in steps.stream(0, config.steps, threads=1, device=torch.device("cpu")):
         done = step.run(batch, Clock(Profile()))
         found.setdefault("loss", []).append([done.loss, *done.per_dim])
+        found.setdefault("statistics", []).append(done.statistics.numpy())
         found.setdefault("counts", []).append([done.tokens, done.rows])
         found.setdefault("examples", []).append(
             sorted(int(e) for part in (batch, *batch.others) for e in part.filled.examples)

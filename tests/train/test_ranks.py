@@ -45,6 +45,7 @@ def of(out: Path, way: str, world: int, rank: int = 0) -> Found:
 def compare(got: Found, want: Found, *, loss: float = 1e-6, gradient: float = 1e-5) -> None:
     """The same losses, and gradients by relative L2."""
     np.testing.assert_allclose(got["loss"], want["loss"], rtol=loss)
+    np.testing.assert_allclose(got["statistics"], want["statistics"], rtol=1e-4, atol=1e-4)
     names = [n for n in want if n.startswith("grad.")]
     assert len(names) > 30 and names == [n for n in got if n.startswith("grad.")]
     top = max(float(np.linalg.norm(want[n])) for n in names)

@@ -241,6 +241,12 @@ class Steps:
         found = [end // self._stride for end in ends if end is not None]
         return min(found) if found else None
 
+    def tasks(self, step: int) -> list[str]:
+        """The task of each part of a step, those of other ranks too."""
+        return [
+            s.batches.names[s.batches.plan.part(step * s.stride + s.start)[0]] for s in self._all
+        ]
+
     def cursor(self, done: int) -> dict[str, int]:
         """Batches that each task has given in ``done`` steps; with parts, ``"0/task"``."""
         return {name: count for name, count, _ in self._counts(done)}

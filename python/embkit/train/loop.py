@@ -24,7 +24,7 @@ from embkit.errors import EmbkitError, Preempted, UsageError, nearest
 from embkit.progress import Bar, bar
 from embkit.recipe import Train
 from embkit.stage import Stage
-from embkit.train import checks
+from embkit.train import checks, statistics
 from embkit.train.batches import Batch, Steps, allocator, layout_of
 from embkit.train.callbacks import About, Callback, Callbacks
 from embkit.train.checkpoint import sha256_tensors
@@ -421,8 +421,16 @@ class _Run:
             "padded": done.padded,
             "rows": done.rows,
             **done.more,
+            **self._statistics(batch, done),
             **more,
         }
+
+    def _statistics(self, batch: Batch, done: Done) -> dict[str, Any]:
+        if done.statistics is None:
+            return {}
+        tasks = self.steps.tasks(batch.step)
+        found = statistics.report(done.statistics, tasks, self.encoder.dims, self.config)
+        return {"statistics": found}
 
     def _save(self, done: int, *, preempted: bool = False) -> None:
         path = self.state.save(done, self.negatives, preempted=preempted)

@@ -22,6 +22,7 @@ from embkit.train.gradcache import Chunks, graph_bytes, kept_graphs, seed_of
 from embkit.train.optim import Optimizer, learning_rate
 from embkit.train.parallel import Ranks
 from embkit.train.sharding import Replicas, Shards
+from embkit.train.statistics import Statistics
 
 if TYPE_CHECKING:
     from embkit.data.tables import Array
@@ -47,6 +48,7 @@ class Done:
             negatives, NaN without any; no parts where the step was not told to take them.
         tokens, padded, rows: of the step over all ranks.
         skipped: fp16 overflowed: no update, and the next step has half the scale.
+        statistics: of the similarities, as :mod:`embkit.train.statistics` sums them, in some steps.
         more: for the log: ``parts``, their losses before they are weighted, when there are several;
             ``loss_scale`` of fp16.
     """
@@ -60,6 +62,7 @@ class Done:
     padded: int
     rows: int
     skipped: bool = False
+    statistics: torch.Tensor | None = None
     more: dict[str, Any] = field(default_factory=dict)
 
 
@@ -91,6 +94,7 @@ class Step:
         self._scored = [slice(a, b) for a, b in pairwise(ends)]
         self._score_count = ends[-1]
         self.weights = weights or Replicas(optimizer.parameters, self.ranks)
+        self._statistics = Statistics(config, encoder.dims, parts, self.ranks)
         self._model: Any = encoder
         if config.compile:
             # Its own random numbers would differ between the passes with and without a graph.
@@ -161,6 +165,7 @@ class Step:
             padded=int(padded),
             rows=int(rows),
             skipped=skipped,
+            statistics=self._statistics.take(),
             more=more,
         )
 
@@ -194,6 +199,8 @@ class Step:
         if factor != 1:
             gradient.mul_(factor)
         clock.lap("loss")
+        self._statistics.add(batch, e_RD)
+        clock.lap("other")
         chunks.backward(gradient, before_last=self.weights.arm if last else None)
         clock.lap("backward")
         return e_RD, out.loss, out.per_dim

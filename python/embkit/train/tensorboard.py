@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from embkit import _rust
+from embkit.train import statistics
 from embkit.train.callbacks import About, Callback
 
 FOLDER = "tensorboard"
@@ -56,6 +57,7 @@ def scalars(line: Mapping[str, Any], speed: Mapping[str, float]) -> dict[str, fl
     found["train/lr"] = line["lr"]
     if line["grad_norm"] is not None:  # fp16 that overflowed has none
         found["train/grad_norm"] = line["grad_norm"]
+    found |= statistics.scalars(line.get("statistics", {}))
     return found | {f"speed/{name}": value for name, value in speed.items()}
 
 

@@ -1,0 +1,194 @@
+"""Similarities of a batch in the log: against loops in Python, and without a trace in the run."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from embkit.data import Store
+from embkit.losses import Sides
+from embkit.model import Encoder
+from embkit.recipe import Train
+from embkit.train import Callback, finetune, statistics
+from embkit.train.parallel import Ranks
+from embkit.train.tensorboard import scalars
+
+DIMS = (8, 24, 16)
+CONFIG = Train(log_every=1, temperature=0.05)
+
+
+def made(kind: str, *, seed: int = 0, in_batch: bool = True, hard: int = 2) -> tuple[Any, Any]:
+    """A batch whose rows share texts, keys and queries, and its embeddings."""
+    rng = np.random.default_rng(seed)
+    b, r = 11, 30
+
+    def numbers(high: int, *shape: int) -> torch.Tensor:
+        return torch.from_numpy(rng.integers(0, high, shape).astype(np.int32))
+
+    e_RD = torch.from_numpy(rng.standard_normal((r, 24)).astype(np.float32))
+    e_RD[3] = 0
+    query, positive, own = numbers(r, b).long(), numbers(r, b).long(), numbers(r, b, hard).long()
+    key = numbers(25, r)  # of texts: a candidate that is the positive itself is masked
+    e_RD[positive] += 1.5 * e_RD[query]
+    sides = Sides(
+        kind=kind, query_key=numbers(9, b), positive_key=key[positive], hard_key=key[own],
+        hard_mask=numbers(3, b, hard) > 0, score=numbers(4, b).float(), weight=torch.ones(b),
+    )  # fmt: skip
+    batch = SimpleNamespace(
+        query=query, positive=positive, hard=own, sides=sides, share=None,
+        in_batch=in_batch, step=0, place=0,
+    )  # fmt: skip
+    return batch, e_RD
+
+
+def measured(*batches: tuple[Any, Any], tasks: tuple[str, ...] = ("t",)) -> dict[str, Any]:
+    found = statistics.Statistics(CONFIG, DIMS, len(batches), Ranks())
+    for place, (batch, e_RD) in enumerate(batches):
+        batch.place = place
+        found.add(batch, e_RD)
+    sums = found.take()
+    assert sums is not None and found.take() is None
+    return statistics.report(sums, tasks, DIMS, CONFIG)
+
+
+def cosine(a: torch.Tensor, b: torch.Tensor, d: int) -> float:
+    x, y = a[:d].double(), b[:d].double()
+    size = float(x.norm() * y.norm())
+    return float(x @ y) / size if size else 0.0
+
+
+def naive(batch: Any, e: torch.Tensor) -> dict[str, Any]:
+    """Every candidate of every row, as a decision of its own."""
+    s, rows = batch.sides, range(len(batch.query))
+    all_, masked = 0, 0
+    kept: dict[int, list[torch.Tensor]] = {i: [] for i in rows}
+    for i in rows:
+        if batch.in_batch:
+            for j in rows:
+                if j != i:
+                    all_ += 1
+                    same = (
+                        s.positive_key[j] == s.positive_key[i] or s.query_key[j] == s.query_key[i]
+                    )
+                    masked += bool(same)
+                    kept[i] += [] if same else [e[batch.positive[j]]]
+        for h in range(batch.hard.shape[1]):
+            if s.hard_mask[i, h]:
+                all_ += 1
+                same = s.hard_key[i, h] == s.positive_key[i]
+                masked += bool(same)
+                kept[i] += [] if same else [e[batch.hard[i, h]]]
+    out: dict[str, Any] = {"masked": masked / all_, "accuracy": {}, "positive": {}, "negative": {}}
+    for d in DIMS:
+        pos = [cosine(e[batch.query[i]], e[batch.positive[i]], d) for i in rows]
+        neg = [[cosine(e[batch.query[i]], x, d) for x in kept[i]] for i in rows]
+        right = [pos[i] > max(neg[i]) for i in rows if neg[i]]
+        out["accuracy"][str(d)] = sum(right) / len(right)
+        out["positive"][str(d)] = float(np.mean(pos))
+        out["negative"][str(d)] = float(np.mean([x for row in neg for x in row]))
+    return out
+
+
+@pytest.mark.parametrize("hard", [0, 2])
+@pytest.mark.parametrize("in_batch", [True, False])
+@pytest.mark.parametrize("block", [1 << 20, 40])
+def test_pairs_with_negatives(
+    hard: int, in_batch: bool, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not hard and not in_batch:
+        return  # a recipe cannot ask for it
+    monkeypatch.setitem(statistics._BLOCK, "cpu", block)
+    for seed in range(3):
+        batch, e_RD = made("retrieval", seed=seed, in_batch=in_batch, hard=hard)
+        got, want = measured((batch, e_RD))["t"], naive(batch, e_RD)
+        assert got.pop("temperature") == 0.05
+        assert got.pop("masked") == want.pop("masked")
+        assert 0 < min(want["accuracy"].values()) < 1 or not in_batch
+        for name, by_width in want.items():
+            assert got.pop(name) == pytest.approx(by_width, abs=1e-6), (name, seed)
+        assert not got
+
+
+def test_graded_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(statistics._BLOCK, "cpu", 40)
+    batch, e_RD = made("sts")
+    got = measured((batch, e_RD))["t"]
+    gold = batch.sides.score.tolist()
+    for d in DIMS:
+        pairs = [
+            cosine(e_RD[a], e_RD[b], d) for a, b in zip(batch.query, batch.positive, strict=True)
+        ]
+        order = [
+            pairs[i] > pairs[j] for i in range(11) for j in range(11) if gold[i] > gold[j]
+        ]  # fmt: skip
+        assert got["cosine"][str(d)] == pytest.approx(np.mean(pairs), abs=1e-6)
+        assert got["order"][str(d)] == np.mean(order)
+    assert set(got) == {"cosine", "order"}
+
+
+def test_parts_of_one_task_are_one() -> None:
+    """Sums over parts, not a mean of their means: rows count the same."""
+    one, other, graded = made("retrieval"), made("retrieval", seed=1), made("sts")
+    other[0].sides.hard_mask[:] = False
+    found = measured(one, other, graded, tasks=("a", "a", "b"))
+    want = [naive(*one), naive(*other)]
+    sizes = [110 + int(x[0].sides.hard_mask.sum()) for x in (one, other)]
+    total = sum(w["masked"] * n for w, n in zip(want, sizes, strict=True))
+    assert found["a"]["masked"] == pytest.approx(total / sum(sizes), rel=1e-12)
+    assert found["b"] == measured(graded)["t"]
+
+
+def test_without_a_negative_there_is_no_accuracy() -> None:
+    batch, e_RD = made("retrieval", in_batch=False)
+    batch.sides.hard_mask[:] = False
+    found = measured((batch, e_RD))["t"]
+    assert set(found["accuracy"].values()) == {None} == {found["masked"]}
+    assert None not in found["positive"].values()
+    tags = statistics.scalars({"t": found})
+    assert set(tags) == {"batch/t/temperature", *(f"batch/t/positive_at_{d}" for d in DIMS)}
+
+
+class StopAt(Callback):
+    def on_step(self, step: int, line: Any, speed: Any) -> None:
+        if step == 5:
+            raise KeyboardInterrupt
+
+
+def test_they_are_in_the_log_and_nowhere_else(
+    store: Store, make_encoder: Callable[..., Encoder], tmp_path: Path
+) -> None:
+    """Every ``log_every`` steps and at the end; the model is the same without, and a run that
+    stopped between has the same log."""
+    encoder = make_encoder(dropout=0.1)
+    options: dict[str, Any] = {
+        "steps": 8, "batch_size": 12, "token_budget": 150, "lr": 1e-3, "hard_negatives": 1,
+        "checkpoint_every": 4, "graph_memory": 0.0,
+    }  # fmt: skip
+    finetune(encoder, store, out=tmp_path / "whole", **options, log_every=3)
+    finetune(encoder, store, out=tmp_path / "rare", **options, log_every=100)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(encoder, store, out=tmp_path / "run", callbacks=[StopAt()], **options, log_every=3)
+    finetune(encoder, store, out=tmp_path / "run", **options, log_every=3)
+    files = {
+        run: [(tmp_path / run / f).read_bytes() for f in ("log.jsonl", "model/model.safetensors")]
+        for run in ("whole", "rare", "run")
+    }
+    assert files["run"] == files["whole"] and files["rare"][1] == files["whole"][1]
+    whole, rare = ([json.loads(x) for x in files[r][0].splitlines()] for r in ("whole", "rare"))
+    assert [x["step"] for x in whole if "statistics" in x] == [3, 6, 8]
+    assert [x["step"] for x in rare if "statistics" in x] == [8]
+    for line in whole:
+        told = line.pop("statistics", {line["task"]: {}})
+        assert list(told) == [line["task"]]
+        for tag, value in scalars({**line, "statistics": told}, {}).items():
+            assert math.isfinite(value), tag
+            assert not tag.startswith("batch/") or tag.split("/")[1] == line["task"]
+    assert whole == [{k: v for k, v in x.items() if k != "statistics"} for x in rare]

@@ -117,8 +117,9 @@ class Train:
             without their prompt, drawn anew each epoch (Gemini Embedding 2 does so, at a rate it
             does not give).
         cosent_scale: lambda of CoSENT (1 / its temperature).
-        token_budget: tokens of a micro-batch, padding included. layout: "padded", or "packed"
-            without padding (docs/models.md); "auto" packs on a GPU in half precision.
+        token_budget: tokens of a micro-batch, padding included; 0 finds what fits on the GPU
+            (docs/step.md). layout: "padded", or "packed" without padding (docs/models.md); "auto"
+            packs on a GPU in half precision.
         checkpoint_every: steps between checkpoints. keep_checkpoints: how many stay.
         data_threads: threads that assemble batches; does not change the result.
         log_every: steps between progress lines; every step is in log.jsonl.
@@ -150,9 +151,9 @@ class Train:
     decay_ratio: float = 0.2
     schedule: str = "cosine"
     min_lr_ratio: float = 0.0
-    weight_decay: float = 0.01
     projection_lr_scale: float = 1.0
     layer_lr_decay: float = 1.0
+    weight_decay: float = 0.01
     clip_norm: float = 1.0
     seed: int = 0
     tasks: Mapping[str, float] = field(default_factory=dict)
@@ -208,7 +209,6 @@ class Train:
             "steps",
             "batch_size",
             "epochs",
-            "token_budget",
             "accumulate",
             "checkpoint_every",
             "data_threads",
@@ -232,7 +232,7 @@ class Train:
         for name in ("temperature", "lr", "mixture_temperature", "projection_lr_scale"):
             value = getattr(self, name)
             require(value > 0, f"{name} = {value} is not positive.", "give a number above 0")
-        for name in ("ema", "decay_ratio", "graph_memory", "warmup_steps"):
+        for name in ("ema", "decay_ratio", "graph_memory", "warmup_steps", "token_budget"):
             value = getattr(self, name)
             require(
                 value >= 0,

@@ -24,7 +24,7 @@ from embkit.errors import EmbkitError, Preempted, UsageError, nearest
 from embkit.progress import Bar, bar
 from embkit.recipe import Train
 from embkit.stage import Stage
-from embkit.train import checks, statistics
+from embkit.train import budget, checks, statistics
 from embkit.train.batches import Batch, Steps, allocator, layout_of
 from embkit.train.callbacks import About, Callback, Callbacks
 from embkit.train.checkpoint import sha256_tensors
@@ -185,6 +185,7 @@ def train(
 
         def publish() -> None:
             shutil.rmtree(work.dir / REFRESH, ignore_errors=True)
+            (work.dir / budget.FILE).unlink(missing_ok=True)
             export(trained, work.dir / "model", name=Path(out).name)
             work.publish(
                 {
@@ -196,6 +197,7 @@ def train(
                     "skipped": run.steps.skipped,
                     "init_sha256": run.state.init_sha256,
                     "model_digest": trained.digest(),
+                    **({} if config.token_budget else {"token_budget": run.config.token_budget}),
                 }
             )
 
@@ -222,6 +224,11 @@ class _Run:
         self.start, self.config, self.work, self.ranks = start, config, work, ranks
         self.store, self.folder, self.callbacks = store, work.dir, callbacks
         self.about = checks.identity(work.digest, _decisive(config), encoder, store)
+        if not config.token_budget:
+            longest = max(store.max_length.values())
+            tokens = budget.settled(config, encoder, longest, folder=work.dir, ranks=ranks)
+            self.config = config = dataclasses.replace(config, token_budget=tokens)
+            self.about["token_budget"] = tokens
         self.steps = Steps(
             store, config, ranks, negatives=negatives, layout=layout_of(encoder, config),
             pad_id=encoder.tokenizer.pad_id, allocate=allocator(encoder.device),

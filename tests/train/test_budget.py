@@ -89,6 +89,55 @@ def test_it_is_the_most_that_the_memory_holds(
         budget.probe(Train(sharding="shard"), encoder, 20, fits)
 
 
+def test_room_is_left_for_what_a_step_needs_beside_it(
+    make_encoder: Callable[..., Encoder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU's own counters, played by what autograd keeps on the CPU."""
+    encoder = make_encoder().train()
+    with limited(1 << 40) as one:
+        budget.trial(encoder, 30 * 20, 20)
+    config = Train(batch_size=512, graph_memory=4 * one[0] / 2**30, ema=0.9)
+    rest, peak = budget.reserved(config, encoder), [0]
+    trained = sum(p.numel() for p in encoder.parameters())
+    assert rest == 12 * trained + 4 * one[0] + 16 * 1024 * 32
+    room = int((rest + one[0]) / 0.9) + 9
+    real = budget.trial
+
+    def trial(*args: Any, **options: Any) -> None:
+        with limited(room) as used:
+            real(*args, **options)
+        peak[0] = used[0]
+
+    counters: dict[str, Any] = {
+        "empty_cache": lambda: None, "memory_reserved": lambda device: 9,
+        "reset_peak_memory_stats": lambda device: None,
+        "mem_get_info": lambda device: (room - 9, 0),
+        "max_memory_allocated": lambda device: peak[0],
+    }  # fmt: skip
+    for name, value in counters.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(budget, "trial", trial)
+    found = budget.probe(config, encoder, 20)
+    assert 27 * 20 <= found <= 30 * 20
+    with pytest.raises(UsageError, match="does not fit beside"):
+        budget.probe(Train(graph_memory=9 * one[0] / 2**30), encoder, 20)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu(make_encoder: Callable[..., Encoder]) -> None:
+    """A limit that the driver knows nothing of: trials run out of memory, and it is found."""
+    encoder, device = make_encoder().to("cuda").train(), torch.device("cuda")
+    total = torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.set_per_process_memory_fraction((1 << 30) / total)
+    try:
+        found = budget.probe(Train(batch_size=1 << 20, graph_memory=0.0), encoder, 32)
+        budget.trial(encoder, found, 32)
+        with pytest.raises(torch.OutOfMemoryError):
+            budget.trial(encoder, 2 * found, 32)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
 class StopAt(Callback):
     def __init__(self, step: int) -> None:
         self.step = step

@@ -47,7 +47,7 @@ BASE: dict[str, Any] = {
     "temperature": 0.05,
     "lr": 1e-3,
     "warmup_ratio": 0.0,
-    "log_every": 1,
+    "log_every": 2,
 }
 BALANCED = (
     Part(tasks={"retrieval": 1.0}, batch_size=12, hard_negatives=3, in_batch=False),
@@ -113,14 +113,16 @@ def train(store: Store, model: Path, settings: dict[str, Any], ranks: Ranks) -> 
     for batch in steps.stream(0, config.steps, threads=1, device=torch.device("cpu")):
         done = step.run(batch, Clock(Profile()))
         found.setdefault("loss", []).append([done.loss, *done.per_dim])
-        found.setdefault("statistics", []).append(done.statistics.numpy())
+        # Of the first step, which has no statistics: those move passages once more.
+        found.setdefault("moves", [moves[name] for name in MOVES])
+        if done.statistics is not None:
+            found.setdefault("statistics", []).append(done.statistics.numpy())
         found.setdefault("counts", []).append([done.tokens, done.rows])
         found.setdefault("examples", []).append(
             sorted(int(e) for part in (batch, *batch.others) for e in part.filled.examples)
         )
     for name in MOVES:
         setattr(dist, name, real[name])
-    found["moves"] = [moves[name] / config.steps for name in MOVES]
     state = whole_state(encoder)
     tensors, count = optimizer.tensors()
     # What was saved loads again, here too.

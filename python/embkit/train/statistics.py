@@ -11,7 +11,7 @@ Everything is a sum over rows: parts of a task and ranks add up to the numbers o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -135,51 +135,75 @@ def _over(total: float, count: float) -> float | None:
 
 def _contrasted(batch: Batch, e_RD: torch.Tensor, dims: Sequence[int]) -> torch.Tensor:
     """Sums of a batch with positives and negatives, float64 [n]."""
-    device, sides, share = e_RD.device, batch.sides, batch.share
+    device, sides = e_RD.device, batch.sides
     q_BD, p_BD = (e_RD[index.to(device)] for index in (batch.query, batch.positive))
-    own_key, own_query = sides.positive_key.to(device), sides.query_key.to(device)
-    p_ND, key_N, query_N, start = p_BD, own_key, own_query, 0
-    there_N = torch.ones(len(p_ND), dtype=torch.bool, device=device)
-    if share is not None and batch.in_batch:
-        p_ND, key_N, query_N, there_N = share.gather(p_BD, own_key, own_query)
-        start = share.start
-    found = _Sums(len(dims), device)
-    passages = _norms(p_ND, dims) if batch.in_batch else None
-    hard = batch.hard.shape[1] > 0
-    step = max(_BLOCK.get(device.type, _BLOCK["cpu"]) // max(len(p_ND), 1), 1)
-    for at in range(0, len(q_BD), step):
-        rows = slice(at, at + step)
-        q, key, query = q_BD[rows], own_key[rows, None], own_query[rows, None]
-        norm = _norms(q, dims)
-        banks = []  # of candidates: cosines by width, whether there, whether masked
-        if passages is not None:
-            place = start + torch.arange(at, at + len(q), device=device)[:, None]
-            other = there_N & (torch.arange(len(p_ND), device=device) != place)
-            masked = other & ((key_N == key) | (query_N == query))
-            banks.append((_cosines(q, p_ND, norm, passages, dims), other, masked))
-        if hard:
-            h = e_RD[batch.hard[rows].to(device)]
-            other = sides.hard_mask[rows].to(device)
-            masked = other & (sides.hard_key[rows].to(device) == key)
-            banks.append((_private(q, h, norm, dims), other, masked))
-        live = [other & ~masked for _, other, masked in banks]
-        compared = torch.zeros(len(q), dtype=torch.bool, device=device)
-        for (_, other, masked), left in zip(banks, live, strict=True):
-            found.count["candidates"] += other.sum()
-            found.count["masked"] += masked.sum()
-            compared |= left.any(1)
-        found.count["rows"] += len(q)
-        found.count["compared"] += compared.sum()
-        positive = _paired(q, p_BD[rows], dims)
-        for k in range(len(dims)):
-            best = torch.full((len(q),), -torch.inf, device=device)
-            for (cosines, _, _), left in zip(banks, live, strict=True):
-                best = torch.maximum(best, cosines[k].masked_fill(~left, -torch.inf).amax(1))
-                there = torch.where(left, cosines[k], 0)
-                found.of["negative"][k] += there.sum(dtype=torch.float64)
-            found.of["right"][k] += ((positive[k] > best) & compared).sum()
-            found.of["positive"][k] += positive[k].sum(dtype=torch.float64)
+    key_B, query_B = sides.positive_key.to(device), sides.query_key.to(device)
+    norm, positive_KB = _norms(q_BD, dims), torch.stack(_paired(q_BD, p_BD, dims))
+    found, count = _Sums(len(dims), device), len(q_BD)
+    best_KB = torch.full_like(positive_KB, -torch.inf)
+    compared_B = torch.zeros(count, dtype=torch.bool, device=device)
+
+    def meet(
+        rows: slice, cosines: list[torch.Tensor], there: torch.Tensor, same: torch.Tensor
+    ) -> None:
+        """Candidates [b, N] of some rows: which there are, and which have the row's key."""
+        left = there & ~same
+        found.count["candidates"] += there.sum()
+        found.count["masked"] += (there & same).sum()
+        compared_B[rows] |= left.any(1)
+        for k, cosine in enumerate(cosines):
+            top = cosine.masked_fill(~left, -torch.inf).amax(1)
+            best_KB[k, rows] = torch.maximum(best_KB[k, rows], top)
+            found.of["negative"][k] += torch.where(left, cosine, 0).sum(dtype=torch.float64)
+
+    for p_ND, key_N, query_N, there_N, start in _passages(batch, p_BD, key_B, query_B):
+        theirs, places = _norms(p_ND, dims), torch.arange(len(p_ND), device=device)
+        step = max(_BLOCK.get(device.type, _BLOCK["cpu"]) // len(p_ND), 1)
+        for rows in (slice(at, at + step) for at in range(0, count, step)):
+            at = torch.arange(count, device=device)[rows, None] + _start(batch) - start
+            same = (key_N == key_B[rows, None]) | (query_N == query_B[rows, None])
+            cosines = _cosines(q_BD[rows], p_ND, [n[rows] for n in norm], theirs, dims)
+            meet(rows, cosines, there_N & (places != at), same)
+    if batch.hard.shape[1]:
+        h_BHD, same = e_RD[batch.hard.to(device)], sides.hard_key.to(device) == key_B[:, None]
+        whole = slice(0, count)
+        meet(whole, _private(q_BD, h_BHD, norm, dims), sides.hard_mask.to(device), same)
+    found.count["rows"] += count
+    found.count["compared"] += compared_B.sum()
+    found.of["right"] += ((positive_KB > best_KB) & compared_B).sum(1)
+    found.of["positive"] += positive_KB.sum(1, dtype=torch.float64)
     return found.flat()
+
+
+def _start(batch: Batch) -> int:
+    """Place of this rank's first row in the global batch."""
+    return 0 if batch.share is None else batch.share.start
+
+
+def _passages(
+    batch: Batch, p_BD: torch.Tensor, key_B: torch.Tensor, query_B: torch.Tensor
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int]]:
+    """Blocks of all ranks' passages [N, D]: keys, their queries' keys, which are there, and the
+    place of the first. One block, or with ``gather = "ring"`` one of each rank; none without
+    negatives in the batch."""
+    share = batch.share
+    there = torch.ones(len(p_BD), dtype=torch.bool, device=p_BD.device)
+    if not batch.in_batch:
+        return
+    if share is None:
+        yield p_BD, key_B, query_B, there, 0
+    elif not share.ring:
+        yield (*share.gather(p_BD, key_B, query_B), 0)  # type: ignore[misc]
+    else:
+        p_ND = p_BD.new_zeros(share.rows, p_BD.shape[1])
+        p_ND[: len(p_BD)] = p_BD
+        about = key_B.new_full((3, share.rows), -1)
+        about[:, : len(p_BD)] = torch.stack([key_B, query_B, there.to(key_B.dtype)])
+        for i in range(share.world):
+            if i:
+                p_ND, about = (share.pass_on(x)() for x in (p_ND, about))
+            owner = (share.ranks.rank + i) % share.world
+            yield p_ND, about[0], about[1], about[2] > 0, owner * share.rows
 
 
 def _graded(batch: Batch, e_RD: torch.Tensor, dims: Sequence[int]) -> torch.Tensor:

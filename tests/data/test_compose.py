@@ -217,6 +217,64 @@ def test_three_at_once_are_two_and_one(
     )  # the first's, then what others add
 
 
+OWN = {
+    "facts": {"query": "query: "},
+    "pairs": {"text": "text: "},
+    "labels": {"text": "passage: "},
+}
+
+
+@pytest.mark.parametrize("plain", [False, True], ids=["", "dropout"])
+@settings(
+    max_examples=200 if os.environ.get("EMBKIT_TEST_FULL") else 5,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(a=tables, b=tables)
+def test_tasks_with_prompts_of_their_own_are_merged(
+    tokenizer: Path, plain: bool, a: Any, b: Any
+) -> None:
+    """As if tokenised together, by merge and by append; a text behind another prompt is a row."""
+
+    def own(*parts: Any) -> dict[str, Any]:
+        there = {name for part in parts for name in part}
+        return {"task_prompts": {t: p for t, p in OWN.items() if t in there}}
+
+    with tempfile.TemporaryDirectory() as name:
+        folder, how = Path(name), {"prompt_dropout": plain, "prompts": {"passage": "passage: "}}
+        one = make(folder / "a", a, tokenizer, **how, **own(a))
+        two = make(folder / "b", b, tokenizer, **how, **own(b))
+        want = data.tokenize(
+            data.read([folder / "a" / "in", folder / "b" / "in"]),
+            out=folder / "want", tokenizer=tokenizer, **how, **own(a, b), **LENGTHS,
+        )  # fmt: skip
+        found = [data.merge([one, two], out=folder / "got")]
+        if set(b) <= set(a):
+            found.append(data.append(one, data.read(folder / "b" / "in"), out=folder / "more"))
+        for got in found:
+            assert as_set(rows(got), "source") == as_set(rows(want), "source")
+            assert examples(got) == examples(want)
+            assert got.task_prompts == want.task_prompts == own(a, b)["task_prompts"]
+            assert got.has_plain_rows == plain
+
+
+def test_a_task_with_two_prompts_is_refused(tmp_path: Path, tokenizer: Path) -> None:
+    table = {"t": [{"query": "one", "positive": "two"}]}
+    plain = make(tmp_path / "a", table, tokenizer, prompts={"query": "query: "})
+    for i, (prompt, fits) in enumerate({"text: ": False, "query: ": True}.items()):
+        other = make(
+            tmp_path / f"b{i}", table, tokenizer, prompts={"query": "query: "},
+            task_prompts={"t": {"query": prompt}},
+        )  # fmt: skip
+        if fits:  # the same prompts, said in another way
+            assert data.merge([plain, other], out=tmp_path / "out").rows == 2
+            continue
+        with pytest.raises(UsageError, match="prompts of task 't' are not those .* 'query: '"):
+            data.merge([plain, other], out=tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+
 def test_two_forms_of_one_text_are_one_row(tmp_path: Path, tokenizer: Path) -> None:
     a = make(tmp_path / "a", {"t": [{"query": "café", "positive": "one"}]}, tokenizer)
     b = make(tmp_path / "b", {"t": [{"query": "cafe\u0301", "positive": "two"}]}, tokenizer)

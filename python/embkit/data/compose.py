@@ -19,14 +19,15 @@ import numpy as np
 from embkit import _rust
 from embkit.container import read_manifest
 from embkit.data.loader import KIND, Store, as_store
+from embkit.data.records import as_directory
 from embkit.data.tables import Array, Examples, concatenate
-from embkit.data.tokenize import tokenize
+from embkit.data.tokenize import Use, tokenize, uses_of
 from embkit.errors import UsageError, nearest
 from embkit.progress import bar
 from embkit.stage import stage
 
 _MAX_SOURCES = np.iinfo(np.uint16).max
-_UNUSED = 255  # the form of a row that no example names
+_UNUSED = 255  # the form of a row that no example names; prompts have the numbers below
 _KEY = 0x5B5E7  # tells the permutation of subset from those of training
 
 
@@ -55,6 +56,7 @@ def merge(stores: Sequence[Any], *, out: Path | str, fresh: bool = False) -> Sto
         _fits(opened[0], other)
     _apart(out, opened)
     tasks = _task_list(opened)
+    _task_prompts(opened)
     inputs = [s.path for s in opened]
     with stage(out, name="merge", params={}, inputs=inputs, kind=KIND, fresh=fresh) as work:
         if not work.done:
@@ -78,14 +80,17 @@ def append(store: Any, more: Any, *, out: Path | str, fresh: bool = False) -> St
     first = as_store(store)
     _apart(out, [first])
     if not isinstance(more, Store) and not _is_store(more):
-        out = Path(out)
+        added = Path(out).with_name(Path(out).name + ".added")
+        records = as_directory(more, added)
+        tasks = {task["name"] for task in records.manifest["tasks"]}
         more = tokenize(
-            more,
-            out=out.with_name(out.name + ".added"),
+            records,
+            out=added,
             tokenizer=first.tokenizer,
             max_length_query=first.max_length["query"],
             max_length_passage=first.max_length["passage"],
             prompts=first.prompts,
+            task_prompts={t: own for t, own in first.task_prompts.items() if t in tasks},
             prompt_dropout=bool(first.manifest.get("plain_rows")),
             fresh=fresh,
         )
@@ -158,7 +163,8 @@ def subset(
 
 def _merge(stores: list[Store], tasks: list[dict[str, Any]], work: Any) -> None:
     sources, source_of = _sources(stores)
-    form = np.concatenate([_forms(s) for s in stores])
+    number = _prompt_numbers(stores)
+    form = np.concatenate([_forms(s, number) for s in stores])
     source = np.concatenate(
         [m[_column(s, "source")] for s, m in zip(stores, source_of, strict=True)]
     )
@@ -189,14 +195,6 @@ def _merge(stores: list[Store], tasks: list[dict[str, Any]], work: Any) -> None:
 
 def _fits(first: Store, other: Store) -> None:
     """Refuse a store whose tokens were made in another way."""
-    for one in (first, other):
-        if one.task_prompts:
-            raise UsageError(
-                "A store with prompts of single tasks cannot be merged: its rows do not say which "
-                "prompt they begin with.",
-                where=one.path,
-                fix="tokenize all records together",
-            )
     pairs = {
         "tokenizer": (first.fingerprint[:16], other.fingerprint[:16]),
         "prompts": (first.prompts, other.prompts),
@@ -210,6 +208,32 @@ def _fits(first: Store, other: Store) -> None:
             fix="tokenize its records with the tokenizer, prompts and lengths of the first store "
             "(embkit.data.append does so when it is given records)",
         )
+
+
+def _task_prompts(stores: Sequence[Store]) -> dict[str, dict[str, str]]:
+    """Prompts of single tasks in the merged store.
+
+    Raises:
+        UsageError: a task has other prompts in one store than in another.
+    """
+    found: dict[str, dict[str, str]] = {}
+    used: dict[str, tuple[Use, Use]] = {}
+    for s in stores:
+        for task in s.manifest["tasks"]:
+            name = task["name"]
+            uses = uses_of(name, task["kind"], s.prompts, s.task_prompts)
+            if used.setdefault(name, uses) != uses:
+                query, passage = (repr(prompt) for _, prompt in used[name])
+                raise UsageError(
+                    f"The prompts of task {name!r} are not those of a store before, {query} and "
+                    f"{passage}.",
+                    where=s.path,
+                    fix="tokenize its records with those prompts (embkit.data.append does so when "
+                    "it is given records), or under another task name",
+                )
+            if name in s.task_prompts:
+                found.setdefault(name, s.task_prompts[name])
+    return found
 
 
 def _task_list(stores: list[Store]) -> list[dict[str, Any]]:
@@ -259,24 +283,48 @@ def _sources(stores: list[Store]) -> tuple[list[dict[str, Any]], list[Array]]:
     return merged, [n.astype(np.uint16) for n in numbers]
 
 
-def _forms(store: Store) -> Array:
-    """U8 [rows]: which of the store's distinct prompts stands before each row's text."""
-    prompts = store.prompts
-    text_of = {"query": prompts["query"], "passage": prompts["passage"], "either": ""}
-    distinct = list(dict.fromkeys(text_of.values()))
-    number = {use: distinct.index(text) for use, text in text_of.items()}
+def _prompt_numbers(stores: Sequence[Store]) -> dict[str, int]:
+    """A number for each distinct prompt, the same in all stores; "" is among them.
+
+    Raises:
+        UsageError: more prompts than a row's form can tell apart.
+    """
+    first = stores[0].prompts
+    named = {p for s in stores for own in s.task_prompts.values() for p in own.values()}
+    distinct = dict.fromkeys([first["query"], first["passage"], "", *sorted(named)])
+    if len(distinct) > _UNUSED:
+        raise UsageError(
+            f"The stores have {len(distinct)} prompts; there may be {_UNUSED}.",
+            fix="give tasks the same prompts",
+        )
+    return {prompt: i for i, prompt in enumerate(distinct)}
+
+
+def _forms(store: Store, number: Mapping[str, int]) -> Array:
+    """U8 [rows]: the number of the prompt that stands before each row's text."""
+    prompts, named = store.prompts, store.task_prompts
     form = np.full(store.rows, _UNUSED, np.uint8)
     for table in store.tasks().values():
-        query, passage = ("query", "passage") if table.kind == "retrieval" else ("either", "either")
+        (_, query), (_, passage) = uses_of(table.name, table.kind, prompts, named)
         form[table.query] = number[query]
         form[table.positive] = number[passage]
         form[table.negative] = number[passage]
     rest = np.flatnonzero(form == _UNUSED).astype(np.uint64)
-    if len(rest):  # rows that no example names: role and prompt tell the form
-        role, plain = store.role(rest), store.prompt_len(rest) == 0
-        use = np.where(role == 0, number["query"], number["passage"])
-        named = np.where(role == 0, prompts["query"] != "", prompts["passage"] != "")
-        form[rest] = np.where(plain & (named | (role == 2)), number["either"], use)
+    if not len(rest):
+        return form
+    # Rows that no example names: role and prompt tell the form. With prompts of single tasks they
+    # are those without one, which prompt dropout takes.
+    role, plain = store.role(rest), store.prompt_len(rest) == 0
+    if named and not plain.all():
+        raise UsageError(
+            "The store has rows that no example names, behind prompts of single tasks: they do "
+            "not say which.",
+            where=store.path,
+            fix="tokenize all records together",
+        )
+    use = np.where(role == 0, number[prompts["query"]], number[prompts["passage"]])
+    has = np.where(role == 0, prompts["query"] != "", prompts["passage"] != "")
+    form[rest] = np.where(plain & (has | (role == 2) | bool(named)), number[""], use)
     return form
 
 
@@ -361,13 +409,14 @@ def _publish(
         ]
     counts = {k: int(done[k]) for k in ("rows", "shards", "tokens", "truncated")}
     plain_rows = all(s.manifest.get("plain_rows") for s in stores)
+    named = _task_prompts(stores) if len(stores) > 1 else first.task_prompts
     work.publish(
         {
             "tasks": tasks,
             "sources": sources,
             "tokenizer": {**first.manifest["tokenizer"], "backend": " + ".join(backends)},
             "prompts": first.prompts,
-            **({"task_prompts": first.task_prompts} if first.task_prompts else {}),
+            **({"task_prompts": named} if named else {}),
             # A subset leaves rows out that no example names, and those without prompts are such.
             **({"plain_rows": True} if len(stores) > 1 and plain_rows else {}),
             "max_length": first.max_length,

@@ -143,7 +143,7 @@ def _run(records: Records, given: Any, params: dict[str, Any], work: Any, backen
     for index, (old, table) in enumerate(
         zip(records.manifest["tasks"], tables.values(), strict=True)
     ):
-        query, passage = uses_of(table, params["prompts"], named)
+        query, passage = uses_of(table.name, table.kind, params["prompts"], named)
         table = table.mapped(rows.row_of[passage], query_of=rows.row_of[query])
         table.save(work.dir, index=index)
         tasks.append({**old, "examples": len(table)})
@@ -214,7 +214,7 @@ def plan_rows(
     named = task_prompts or {}
     used: dict[Use, Array] = {}
     for table in tables.values():
-        query, passage = uses_of(table, prompts, named)
+        query, passage = uses_of(table.name, table.kind, prompts, named)
         for use, columns in ((query, [table.query]), (passage, [table.positive, table.negative])):
             at = used.setdefault(use, np.zeros(texts, bool))
             for column in columns:
@@ -241,11 +241,14 @@ def plan_rows(
 
 
 def uses_of(
-    table: Examples, prompts: Mapping[str, str], task_prompts: Mapping[str, Mapping[str, str]]
+    task: str,
+    kind: str,
+    prompts: Mapping[str, str],
+    task_prompts: Mapping[str, Mapping[str, str]],
 ) -> tuple[Use, Use]:
     """How a task uses the texts of its query and its positive column: (role, prompt)."""
-    own = task_prompts.get(table.name, {})
-    if table.kind != "retrieval":
+    own = task_prompts.get(task, {})
+    if kind != "retrieval":
         use = ("either", own.get("text", ""))
         return use, use
     return tuple((r, own.get(r, prompts[r])) for r in ("query", "passage"))  # type: ignore[return-value]

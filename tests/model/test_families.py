@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from families import DECODERS, ENCODERS, FAMILIES, backbone
 from tokenizers import Tokenizer
 
 from embkit.errors import UsageError
-from embkit.model import Encoder, attention
+from embkit.model import Encoder, attention, check_export
 from embkit.model.convert import is_causal, keep_layers, make_bidirectional, sees_later_tokens
 
 FULL = os.environ.get("EMBKIT_TEST_FULL") == "1"
@@ -172,6 +173,44 @@ def test_windows_are_those_of_the_family(family: str) -> None:
         finally:
             attention.window = real
         assert (left, right) in [tuple(w) for w in found], (found, bidirectional)
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_capped_scores_are_those_of_the_eager_model(
+    bidirectional: bool, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    """Gemma 2 with a low cap: states and gradients, padded and packed, and the export's."""
+    changes = {"attn_logit_softcapping": 2.0}
+    encoder = encoder_of("gemma2", tokenizer, changes=changes, bidirectional=bidirectional)
+    plain = backbone("gemma2", **changes)
+    plain.set_attn_implementation("eager")
+    if bidirectional:
+        make_bidirectional(plain)
+    for left in (False, True):
+        ids, mask, flat, bounds = batch(left=left)
+        real = mask.bool()
+        models = (encoder.backbone, plain)
+        states = [m(input_ids=ids, attention_mask=mask).last_hidden_state[real] for m in models]
+        assert (states[0] - states[1]).abs().max() < 1e-5 * states[1].abs().max()
+    states = [
+        m(input_ids=ids[:1], attention_mask=mask[:1]).last_hidden_state[real[:1]] for m in models
+    ]
+    assert (states[0] - states[1]).abs().max() < 1e-5 * states[1].abs().max()
+    for one in states:
+        one.square().sum().backward()
+    for got, want in zip(*(m.parameters() for m in models), strict=True):
+        assert (got.grad - want.grad).norm() <= 1e-4 * want.grad.norm() + 1e-6
+    ids, mask, flat, bounds = batch()
+    packed = unit(encoder.packed(flat, bounds))
+    assert (packed - unit(encoder(ids, mask))).abs().max() < ROUNDING
+    assert encoder.can_pack and not encoder.packs_fast
+    free = encoder_of("gemma2", tokenizer, bidirectional=bidirectional)
+    assert (packed - unit(free(ids, mask))).abs().max() > 1e-2, "the cap is seen"
+    texts = ["w1 w2 w3", "w4", "w5 w6 w7 w8 w9 w10 w11 w12"]
+    out = encoder.export(tmp_path / "model")
+    assert np.array_equal(Encoder.from_pretrained(out).encode(texts), encoder.encode(texts))
+    difference = check_export(encoder, out, texts)
+    assert difference is None or difference <= 2e-6
 
 
 def test_a_mask_that_is_no_window_is_refused() -> None:

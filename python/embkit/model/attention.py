@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -49,7 +50,8 @@ _PASS: ContextVar[_Pass] = ContextVar("embkit_attention", default=_Pass())  # no
 def use(backbone: Any) -> bool:
     """Let a transformers model take packed input; False where its family cannot.
 
-    Only a model that would use SDPA is changed, and on padded input it computes what it did.
+    Only a model that would use SDPA is changed, and on padded input it computes what it did; but
+    for one that caps its scores (Gemma 2), which SDPA would leave out and we do not.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
 
@@ -57,9 +59,16 @@ def use(backbone: Any) -> bool:
         return False
     AttentionInterface.register(NAME, attend)
     AttentionMaskInterface.register(NAME, mask)
-    if backbone.config._attn_implementation == "sdpa":
+    if backbone.config._attn_implementation == "sdpa" or (
+        caps_scores(backbone.config) and backbone.config._attn_implementation == "eager"
+    ):
         backbone.config._attn_implementation = NAME
     return bool(backbone.config._attn_implementation == NAME)
+
+
+def caps_scores(config: Any) -> bool:
+    """Whether attention scores s become ``c tanh(s / c)``; of transformers' forms eager does so."""
+    return bool(getattr(config, "attn_logit_softcapping", None))
 
 
 @contextmanager
@@ -166,6 +175,7 @@ def attend(
     attention_mask: Any,
     dropout: float = 0.0,
     scaling: float | None = None,
+    softcap: float | None = None,
     cu_seq_lens_q: torch.Tensor | None = None,
     max_length_q: int | None = None,
     **options: Any,
@@ -174,12 +184,26 @@ def attend(
 
     Args:
         query, key, value: [B, N, L, D] padded, or [1, N, T, D] with ``cu_seq_lens_q``.
-        attention_mask: of :func:`mask`.
+        attention_mask: of :func:`mask`. softcap: c of :func:`caps_scores`, None for no cap.
         max_length_q: tokens of the longest packed sequence.
 
     Returns:
         [B, L, N, D] or [1, T, N, D], and None in place of weights.
     """
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1 and (softcap is not None or cu_seq_lens_q is not None):
+        key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))
+    if cu_seq_lens_q is None and softcap is not None:
+        said = options.get("is_causal")
+        if attention_mask is None and (
+            getattr(module, "is_causal", True) if said is None else said
+        ):
+            size = query.shape[2]
+            attention_mask = torch.ones(size, size, dtype=torch.bool, device=query.device).tril()
+        out_BNLD = _capped(
+            query, key, value, attention_mask, softcap, dropout=dropout, scale=scaling
+        )
+        return out_BNLD.transpose(1, 2).contiguous(), None
     if cu_seq_lens_q is None:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -194,10 +218,7 @@ def attend(
             )
     if not isinstance(attention_mask, Window) or max_length_q is None:
         raise UsageError("Packed input goes through Encoder.packed.")
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1:
-        key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))
-    form = _varlen if _has_kernel(query) else _by_length
+    form = _varlen if _has_kernel(query) and softcap is None else partial(_by_length, cap=softcap)
     out_TND = form(
         query[0], key[0], value[0], cu_seq_lens_q, int(max_length_q), attention_mask,
         dropout=dropout, scale=scaling,
@@ -213,7 +234,10 @@ def _has_kernel(query: torch.Tensor) -> bool:
 
 
 def kernel_takes(config: Any) -> bool:
-    """Whether a varlen kernel can train a model of this config: torch's has no dropout."""
+    """Whether a varlen kernel can train a model of this config: torch's has no dropout, and no cap
+    of the scores."""
+    if caps_scores(config):
+        return False
     names = ("attention_probs_dropout_prob", "attention_dropout")
     if not any(getattr(config, name, 0) or 0 for name in names):
         return True
@@ -270,6 +294,7 @@ def _by_length(
     *,
     dropout: float,
     scale: float | None,
+    cap: float | None = None,
 ) -> torch.Tensor:
     """SDPA on each run of neighbours of the same length: no padding, and no mask but a window's.
 
@@ -284,11 +309,42 @@ def _by_length(
             for t in (q_NTD, k_NTD, v_NTD)
         )
         is_causal, allowed = _segment_mask(length, seen, q.device)
-        o_BNLD = nn.functional.scaled_dot_product_attention(
-            q, k, v, attn_mask=allowed, dropout_p=dropout, scale=scale, is_causal=is_causal
-        )
+        if cap is None:
+            o_BNLD = nn.functional.scaled_dot_product_attention(
+                q, k, v, attn_mask=allowed, dropout_p=dropout, scale=scale, is_causal=is_causal
+            )
+        else:
+            if is_causal:
+                allowed = torch.ones(length, length, dtype=torch.bool, device=q.device).tril()
+            o_BNLD = _capped(q, k, v, allowed, cap, dropout=dropout, scale=scale)
         out.append(o_BNLD.transpose(1, 2).reshape(count * length, heads, width))
     return torch.cat(out) if out else q_NTD.transpose(0, 1)
+
+
+def _capped(
+    q_BNLD: torch.Tensor,
+    k_BNLD: torch.Tensor,
+    v_BNLD: torch.Tensor,
+    allowed: torch.Tensor | None,
+    cap: float,
+    *,
+    dropout: float,
+    scale: float | None,
+) -> torch.Tensor:
+    """Attention with capped scores, all of them in memory: there is no kernel for it in torch.
+
+    Args:
+        allowed: bool, or an additive mask, that broadcasts to [B, N, L, L]; None for all.
+    """
+    scores = q_BNLD @ k_BNLD.transpose(2, 3) * (scale or q_BNLD.shape[3] ** -0.5)
+    scores = cap * torch.tanh(scores / cap)
+    if allowed is not None and allowed.dtype == torch.bool:
+        # Not minus infinity: a row of padding may see nothing, and must stay a number.
+        scores = scores.masked_fill(~allowed, torch.finfo(scores.dtype).min)
+    elif allowed is not None:
+        scores = scores + allowed
+    weights = scores.softmax(-1, dtype=torch.float32).to(q_BNLD.dtype)
+    return nn.functional.dropout(weights, dropout) @ v_BNLD
 
 
 def _runs(bounds: list[int]) -> list[tuple[int, int, int]]:

@@ -20,6 +20,7 @@ import torch
 import embkit
 from embkit import _rust
 from embkit.errors import EmbkitError, UsageError
+from embkit.model.attention import caps_scores
 from embkit.model.encoder import Encoder
 from embkit.model.load import quiet
 from embkit.model.projection import linears
@@ -105,6 +106,8 @@ def _files(encoder: Encoder, title: str) -> dict[str, bytes]:
     settings = {**json.loads(config.to_json_string(use_diff=False)), "dtype": "float32"}
     settings.pop("_name_or_path", None)  # a path of this machine
     settings["torch_dtype"] = "float32"  # the key that transformers 4 reads
+    if caps_scores(config):  # by default transformers takes SDPA, which has no cap
+        settings["attn_implementation"] = "eager"
     settings["architectures"] = [type(encoder.backbone).__name__]
     tokenizer = {**encoder.tokenizer.config, "model_max_length": length}
     modules = [("", "Transformer"), ("1_Pooling", "Pooling")]

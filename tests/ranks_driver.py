@@ -84,6 +84,7 @@ WAYS = {
     way: (settings, worlds + more if FULL else worlds)
     for way, (settings, worlds, more) in EVERY.items()
 }
+LOST = ("kill", "stop", "stop-alone")
 MOVES = ("all_gather_into_tensor", "reduce_scatter_tensor", "batch_isend_irecv")
 
 
@@ -168,8 +169,28 @@ def start(worlds: int, work: Callable[[int], None]) -> list[int]:
     return children
 
 
-def ended(children: list[int]) -> list[int]:
-    return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children]
+def ended(children: list[int], *, limit: float = 120.0) -> list[int]:
+    """Exit codes, within so many seconds: one that is stopped would never end by itself."""
+    until, codes = time.monotonic() + limit, {}
+    while len(codes) < len(children):
+        for pid in children:
+            if pid in codes:
+                continue
+            if time.monotonic() > until:
+                os.kill(pid, signal.SIGKILL)
+                until += 10
+            done, status = os.waitpid(pid, os.WNOHANG)
+            if done:
+                codes[pid] = os.waitstatus_to_exitcode(status)
+        time.sleep(0.01)
+    return [codes[pid] for pid in children]
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+        return port
 
 
 def free_port() -> int:
@@ -185,6 +206,20 @@ def meet(out: Path, name: str, rank: int, world: int) -> None:
     )  # fmt: skip
 
 
+def check_alone(ranks: Ranks) -> None:
+    """One rank works for longer than the timeout while the others wait; its error is theirs."""
+    assert ranks.alone(lambda: ranks.rank) == (0 if ranks.first else None)
+    if ranks.world != 2:
+        return
+    Ranks(ranks.group, timeout=1.5).alone(lambda: time.sleep(2.0))
+    try:
+        ranks.alone(lambda: 1 // 0)
+        raise AssertionError("no error")
+    except (ZeroDivisionError, EmbkitError) as error:
+        assert ranks.first == isinstance(error, ZeroDivisionError), error
+        assert ranks.first or "The first rank stopped: ZeroDivisionError" in str(error)
+
+
 def all_ways(store: Store, model: Path, out: Path, world: int) -> Callable[[int], None]:
     def work(rank: int) -> None:
         if world > 1:
@@ -193,6 +228,7 @@ def all_ways(store: Store, model: Path, out: Path, world: int) -> Callable[[int]
             assert (ranks.rank, ranks.world) == (rank, world)
             assert ranks.once(lambda: {"by": ranks.rank}) == {"by": 0}
             assert ranks.any(rank == world - 1) and not ranks.any(False)
+            check_alone(ranks)
             for name, (settings, worlds) in WAYS.items():
                 if world in worlds:
                     began = time.perf_counter()
@@ -204,8 +240,15 @@ def all_ways(store: Store, model: Path, out: Path, world: int) -> Callable[[int]
     return work
 
 
+def stop(pids: Path, how: signal.Signals = signal.SIGSTOP) -> None:
+    """This process, which writes its id first."""
+    pids.write_text(str(os.getpid()))
+    os.kill(os.getpid(), how)
+
+
 def lost(store: Store, model: Path, out: Path, how: str) -> list[int]:
-    """Two ranks as a launcher starts them; the second is lost at its third forward. Their ids."""
+    """Two ranks as a launcher starts them; the second is lost at its third forward, or the first
+    in work that it does alone ("stop-alone"). Their ids."""
     pids = out / f"{how}-pid"
 
     def work(rank: int) -> None:
@@ -213,24 +256,25 @@ def lost(store: Store, model: Path, out: Path, how: str) -> list[int]:
             RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1",
             MASTER_PORT=str(port),
         )  # fmt: skip
+        encoder = Encoder.from_pretrained(model).train()
+        config = Train(**{**BASE, "tasks": {"retrieval": 1.0}})
         began = time.perf_counter()
         try:
             with open_ranks(torch.device("cpu"), timeout=TIMEOUT) as ranks:
-                encoder = Encoder.from_pretrained(model).train()
-                config = Train(**{**BASE, "tasks": {"retrieval": 1.0}})
                 steps = Steps(store, config, ranks, layout="padded")
                 step = Step(encoder, config, Optimizer(encoder, config), ranks=ranks)
+                if how == "stop-alone":
+                    ranks.alone(lambda: stop(pids))
                 for batch in steps.stream(0, 3, threads=1, device=torch.device("cpu")):
                     began = time.perf_counter()
                     if rank == 1 and batch.step == 2:
-                        pids.write_text(str(os.getpid()))
-                        os.kill(os.getpid(), signal.SIGKILL if how == "kill" else signal.SIGSTOP)
+                        stop(pids, signal.SIGKILL if how == "kill" else signal.SIGSTOP)
                     step.run(batch, Clock(Profile()))
         except EmbkitError as error:
             seconds = time.perf_counter() - began
             told = {"error": str(error), "seconds": seconds}
             (out / f"{how}.json").write_text(json.dumps(told))
-            if how == "stop":
+            if how.startswith("stop"):
                 os.kill(int(pids.read_text()), signal.SIGKILL)
             os._exit(3)
 
@@ -247,7 +291,7 @@ def main() -> None:
     for name in ("torch.distributed.fsdp", "torch.distributed.tensor"):
         importlib.import_module(name)
     all_ways(store, model, out, 1)(0)  # here: what it imports, the forks have
-    waiting = {how: lost(store, model, out, how) for how in ("kill", "stop")}
+    waiting = {how: lost(store, model, out, how) for how in LOST}
     for world in (2, 4):
         codes = fork(world, all_ways(store, model, out, world))
         assert codes == [0] * world, (world, codes)

@@ -485,7 +485,8 @@ def _bytes(text: str) -> int:
 
 
 def _done(out: Path) -> None:
-    print(f"  wrote {out}")
+    if os.environ.get("RANK", "0") == "0":
+        print(f"  wrote {out}")
 
 
 def main() -> None:

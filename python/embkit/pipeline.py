@@ -11,7 +11,7 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from embkit.data import Records, Store
     from embkit.model import Encoder
     from embkit.train import Miner
+    from embkit.train.parallel import Ranks
 
 STAGES = (
     "read",
@@ -71,45 +72,59 @@ def run(
 
     Returns:
         What ``result.json`` holds: scores of every model and width on dev and test, the soup's
-        ingredients, the export check.
+        ingredients, the export check. Under torchrun on the first rank; nothing on the others.
 
     Raises:
         UsageError: a wrong recipe, stage name or data folder. CorruptError: damaged input.
     """
-    if not isinstance(recipe, Recipe):
-        recipe = recipes.load(recipe)
+    import torch
+
+    from embkit.train.parallel import open_ranks, training_device
+
+    chosen = recipe if isinstance(recipe, Recipe) else recipes.load(recipe)
     out = Path(out)
-    data = data_folder(recipe)
-    _clear(out, STAGES[0] if fresh else from_stage)
-    out.mkdir(parents=True, exist_ok=True)
-    recipes.save(recipe, out / "recipe.toml")
-    return _Run(recipe, data, out).all()
+    data = data_folder(chosen)
+
+    def begin() -> None:
+        _clear(out, STAGES[0] if fresh else from_stage)
+        out.mkdir(parents=True, exist_ok=True)
+        recipes.save(chosen, out / "recipe.toml")
+
+    # The ranks meet once for all stages: those that train use them, the others are the first's.
+    limit = max(chosen.prefinetune.rank_timeout, chosen.finetune.rank_timeout)
+    with open_ranks(training_device(torch.device("cpu")), timeout=limit) as ranks:
+        if chosen.mix.on and ranks.world > 1:
+            raise UsageError(
+                "The search of a mixture needs a single process.",
+                where="mix",
+                fix="find it with `embkit mix`, and put the mixture that it writes in the recipe",
+            )
+        ranks.once(begin)
+        return _Run(chosen, data, out, ranks).all()
 
 
 class _Run:
     """One run: keeps what later stages need from earlier ones."""
 
-    def __init__(self, recipe: Recipe, data: Path, out: Path) -> None:
-        self.recipe, self.data, self.out = recipe, data, out
+    def __init__(self, recipe: Recipe, data: Path, out: Path, ranks: Ranks) -> None:
+        self.recipe, self.data, self.out, self.ranks = recipe, data, out, ranks
         self.seconds = _read_json(out / "seconds.json")
         self.current: tuple[str, float] | None = None
 
     def all(self) -> dict[str, Any]:
-        from embkit.model import Encoder, check_export
-
         out, recipe = self.out, self.recipe
-        store = self._prepare()
+        store = self._by_first(self._prepare)
 
         self._stage("prefinetune", "in-batch negatives")
         from embkit.train import finetune, prefinetune
 
-        start = self._start(store)
+        start = self._by_first(lambda: self._start(store))
         pre = prefinetune(start, store, out=out / "pre", config=self._watched(recipe.prefinetune))
 
         self._stage("mine", "hard negatives, with the model of the stage before")
         from embkit.mine import mine
 
-        mined = mine(pre, store, out=out / "mined", rules=recipe.mine)
+        mined = self._by_first(lambda: mine(pre, store, out=out / "mined", rules=recipe.mine))
 
         runs = self._runs(pre, store, mined)
         self._stage("finetune", f"{len(runs)} runs on single-task batches")
@@ -125,7 +140,13 @@ class _Run:
                 config=config,
             )
             tuned.append(out / f"ft-{i}")
+        return self.ranks.alone(lambda: self._judge(start, pre, tuned)) or {}
 
+    def _judge(self, start: Encoder, pre: Encoder, tuned: list[Path]) -> dict[str, Any]:
+        """From the trained models to the exported one."""
+        from embkit.model import Encoder, check_export
+
+        out, recipe = self.out, self.recipe
         self._stage("soup", "uniform and greedy, judged on dev")
         from embkit.soup import soup
 
@@ -164,6 +185,11 @@ class _Run:
         )  # fmt: skip
         config = recipe.run_config(0)
         return [dataclasses.replace(config, tasks=w) for w in best(found, recipe.mix.keep)]
+
+    def _by_first(self, work: Callable[[], Any]) -> Any:
+        """What a stage gives: the first rank does it, then it is done for the others."""
+        made = self.ranks.alone(work)
+        return made if self.ranks.first else work()
 
     def _watched(self, config: Train) -> Train:
         """Settings of a stage that is evaluated on dev/ while it trains, where nothing is named."""
@@ -235,6 +261,8 @@ class _Run:
         }
 
     def _stage(self, name: str, about: str) -> None:
+        if not self.ranks.first:
+            return
         self._close_stage()
         self.current = (name, time.monotonic())
         stages = stages_of(self.recipe)

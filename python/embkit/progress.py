@@ -115,7 +115,8 @@ def bar(label: str | None, *, total: float | None = None, unit: str = "rows") ->
         total: units in all, or None when unknown.
         unit: what is counted, e.g. ``"tokens"``.
 
-    ``EMBKIT_PROGRESS=bar|plain|off`` overrides the choice by terminal.
+    ``EMBKIT_PROGRESS=bar|plain|off`` overrides the choice by terminal. Of the processes that
+    torchrun starts, the first alone shows progress.
     """
     kind = {"bar": _Live, "plain": _Plain}.get(_mode() if label is not None else "", _Quiet)
     shown = kind(label or "", total, unit)
@@ -134,6 +135,8 @@ def say(text: str) -> None:
 
 
 def _mode() -> str:
+    if os.environ.get("RANK", "0") != "0":
+        return "off"  # one of several processes speaks
     return os.environ.get("EMBKIT_PROGRESS") or ("bar" if sys.stdout.isatty() else "plain")
 
 

@@ -85,6 +85,19 @@ def ranks_fit(config: Train, ranks: Ranks) -> None:
         )
 
 
+def same_start(ranks: Ranks, init_sha256: str) -> None:
+    """Ranks that start from different weights would train as many models and publish one.
+
+    Raises:
+        UsageError: on every rank, when the weights of one differ from the first's.
+    """
+    if ranks.any(ranks.once(lambda: init_sha256) != init_sha256):
+        raise UsageError(
+            "The ranks start from different weights.",
+            fix="load one model on all of them, or draw new weights from one seed",
+        )
+
+
 def negatives_dir(negatives: Any) -> Path | None:
     """The directory of mined negatives: a path, or an object that knows its own."""
     if negatives is None:

@@ -242,6 +242,7 @@ class _Run:
             )
         self.adopt_sides()
         init_sha256 = sha256_tensors(encoder.state_dict())
+        checks.same_start(ranks, init_sha256)
         weights = spread(encoder, config, ranks)
         self.optimizer = Optimizer(encoder, config)
         self.step = Step(

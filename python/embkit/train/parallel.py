@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
@@ -23,6 +24,7 @@ import torch.distributed as dist
 from embkit.errors import EmbkitError, UsageError
 
 _HALF = (torch.bfloat16, torch.float16)
+_BEAT = 5.0  # seconds between two signs of life
 
 
 class Ranks:
@@ -41,6 +43,7 @@ class Ranks:
         self.group, self.timeout = group, timeout
         self.rank = 0 if group is None else dist.get_rank(group)
         self.world = 1 if group is None else dist.get_world_size(group)
+        self._waiting: Any = None
 
     @property
     def first(self) -> bool:
@@ -86,11 +89,50 @@ class Ranks:
             self._tell({"error": f"{type(error).__name__}: {error}"})
             raise
         told = self._tell(told)
-        if "error" in told:
-            raise EmbkitError(
-                f"The first rank stopped: {told['error']}", fix="see the output of rank 0"
-            )
+        self._check_told(told)
         return told["value"]
+
+    def alone(self, work: Callable[[], Any]) -> Any:
+        """What the first rank's ``work`` returns, on that rank; None on the others, which wait.
+
+        It may take hours: the first rank says all the while that it is there, so that one that
+        dies or stops is an error within the timeout.
+
+        Raises:
+            EmbkitError: on the other ranks, when it raised on the first or the first is gone.
+        """
+        if self.group is None:
+            return work()
+        if self._waiting is None:  # of the CPU: a GPU's collectives would spin
+            everyone = dist.get_process_group_ranks(self.group)
+            limit = timedelta(seconds=self.timeout)
+            with answered():
+                self._waiting = dist.new_group(everyone, timeout=limit, backend="gloo")
+        if not self.first:
+            told = self._tell({}, self._waiting)
+            while "going" in told:
+                told = self._tell({}, self._waiting)
+            self._check_told(told)
+            return None
+        over = threading.Event()
+
+        def beat() -> None:
+            with suppress(EmbkitError):  # the last word below meets the same error
+                while not over.wait(min(self.timeout / 4, _BEAT)):
+                    self._tell({"going": True}, self._waiting)
+
+        thread = threading.Thread(target=beat, daemon=True)
+        thread.start()
+        told = {}
+        try:
+            return work()
+        except BaseException as error:
+            told["error"] = f"{type(error).__name__}: {error}"
+            raise
+        finally:
+            over.set()
+            thread.join()
+            self._tell(told, self._waiting)
 
     def device(self) -> torch.device:
         """Where tensors of collectives must be."""
@@ -116,26 +158,39 @@ class Ranks:
             )
         own, start, everyone = (0, self), 0, dist.get_process_group_ranks(self.group)
         for number, count in enumerate(counts):
-            group = dist.new_group(
-                everyone[start : start + count], timeout=timedelta(seconds=self.timeout)
-            )
+            with answered():
+                group = dist.new_group(
+                    everyone[start : start + count], timeout=timedelta(seconds=self.timeout)
+                )
             if start <= self.rank < start + count:
                 own = (number, Ranks(group, timeout=self.timeout))
             start += count
         return own
 
-    def _tell(self, value: dict[str, Any]) -> dict[str, Any]:
-        """The first rank's value on all, as JSON: objects would travel as pickles."""
+    @staticmethod
+    def _check_told(told: dict[str, Any]) -> None:
+        if "error" in told:
+            raise EmbkitError(
+                f"The first rank stopped: {told['error']}", fix="see the output of rank 0"
+            )
+
+    def _tell(self, value: dict[str, Any], waiting: Any = None) -> dict[str, Any]:
+        """The first rank's value on all, as JSON: objects would travel as pickles.
+
+        Args:
+            waiting: the group of :meth:`alone`; None takes the ranks' own.
+        """
         text = json.dumps(value).encode()
-        device = self.device()
+        group = waiting or self.group
+        device = torch.device("cpu") if waiting else self.device()
         size = torch.tensor([len(text)], dtype=torch.int64, device=device)
         source = dist.get_global_rank(self.group, 0)
         with answered():
-            dist.broadcast(size, source, group=self.group)
+            dist.broadcast(size, source, group=group)
             data = torch.zeros(int(size), dtype=torch.uint8, device=device)
             if self.first:
                 data.copy_(torch.frombuffer(bytearray(text), dtype=torch.uint8))
-            dist.broadcast(data, source, group=self.group)
+            dist.broadcast(data, source, group=group)
         found: dict[str, Any] = json.loads(bytes(data.cpu().numpy()))
         return found
 

@@ -193,12 +193,6 @@ def free_port() -> int:
         return port
 
 
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
-
-
 def meet(out: Path, name: str, rank: int, world: int) -> None:
     dist.init_process_group(
         "gloo", init_method=f"file://{out}/{name}", rank=rank, world_size=world,

@@ -57,7 +57,8 @@ def scores(run: Path) -> list[tuple[str, float]]:
 
 
 def compare(one: Path, two: Path) -> None:
-    """Losses of one process, and its scores; one document that changes places moves a mean."""
+    """Losses of one process, and its scores in points: a text or two that change places among the
+    hundred of a set are rounding too."""
     for name in ("pre", "ft-0"):
         for a, b in zip(log(one, name), log(two, name), strict=True):
             assert b["loss"] == pytest.approx(a["loss"], rel=1e-4), (name, a["step"])
@@ -65,7 +66,7 @@ def compare(one: Path, two: Path) -> None:
     want, got = scores(one), scores(two)
     assert len(want) > 100 and [w for w, _ in got] == [w for w, _ in want]
     for (where, a), (_, b) in zip(want, got, strict=True):
-        assert b == pytest.approx(a, abs=0.02), where
+        assert b == pytest.approx(a, abs=0.2 if "/mean/" in where else 2.0), where
 
 
 def test_a_run_on_two_ranks_is_that_of_one(out: Path) -> None:

@@ -122,7 +122,8 @@ def test_a_lost_rank_is_an_error_in_time(out: Path, how: str) -> None:
     assert (
         "Another rank did not answer" in told["error"] and f"rank {1 - lost} of 2" in told["error"]
     )
-    assert told["seconds"] < driver.TIMEOUT + 10
+    worked = driver.TIMEOUT + 0.5 if how == "stop-alone" else 0.0  # which is no reason to stop
+    assert worked <= told["seconds"] < worked + driver.TIMEOUT + 10
     codes = json.loads((out / f"{how}-codes.json").read_text())
     assert codes == ([-9, 3] if lost == 0 else [3, -9])
 

@@ -24,7 +24,7 @@ from embkit.bench.rivals import interpreter
 from embkit.evaluate.compare import paired_bootstrap
 
 SEEDS = (0, 1, 2)
-BUDGET = 40.0  # CPU seconds of a training that is compared with sentence-transformers
+BUDGET = 30.0  # CPU seconds of a training that is compared with sentence-transformers
 
 REAL = Plan(
     pre=real.PRE, fine=real.FINE, sts=("stsb",), labels=real.LABELS,

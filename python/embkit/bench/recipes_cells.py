@@ -22,7 +22,7 @@ from embkit.bench.recipes_peer import cpu
 from embkit.evaluate.tasks import EvalSet, load_split
 
 VERSION = 1  # of what a cell does
-PROBE = 24  # steps from which the cost of a step is taken
+PROBE = 12  # steps from which the cost of a step is taken
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,14 +225,7 @@ class World:
         path = self.path(cell)
         if not path.is_file():
             path.parent.mkdir(parents=True, exist_ok=True)
-            made = (
-                self._soup(cell)
-                if cell.soup
-                else self._peer(cell)
-                if cell.peer
-                else self._run(cell)
-            )
-            model, about = made
+            model, about = self.trained(cell)
             found = {"cell": asdict(cell), **about, **self.score(cell, model)}
             _rust.publish_file(str(path), (json.dumps(found) + "\n").encode())
         return dict(json.loads(path.read_text()))
@@ -287,32 +280,38 @@ class World:
             settings["tasks"] = {t: 1.0 if equal else float(sizes[t]) for t in names}
         return settings
 
-    def _run(self, cell: Cell) -> tuple[Path, dict[str, Any]]:
+    def trained(self, cell: Cell) -> tuple[Path, dict[str, Any]]:
+        """The cell's model, with the CPU seconds and steps of its training; scores play no part."""
+        cell = replace(cell, split="dev", dims=())
+        out = self.home / "runs" / self.path(cell).stem
+        kept = out.with_name(out.name + ".json")
+        if not kept.is_file():
+            out.parent.mkdir(parents=True, exist_ok=True)
+            make = self._soup if cell.soup else self._peer if cell.peer else self._run
+            _rust.publish_file(str(kept), json.dumps(make(cell, out)).encode())
+        model = out / "model"
+        return model if model.is_dir() else out, dict(json.loads(kept.read_text()))
+
+    def _run(self, cell: Cell, out: Path) -> dict[str, Any]:
         """Train with embkit."""
         settings = self._config(cell)
         spent = 0.0
         if cell.budget:
-            spent = self.cost(self.store(cell.form)) + (
-                self.cost(self.mined(cell.form)) if cell.mined else 0
-            )
+            spent = self.cost(self.store(cell.form))
+            spent += self.cost(self.mined(cell.form)) if cell.mined else 0
             fixed, step = self._probe(cell)
             settings["steps"] = max(1, round((cell.budget - spent - fixed) / step))
-        out = self.home / "runs" / self.path(cell).stem
         used, _ = self._train(cell, settings, out)
-        return out / "model", {
-            "cpu": round(spent + used, 2),
-            "before": spent,
-            "steps": settings["steps"],
-        }
+        return {"cpu": round(spent + used, 2), "before": spent, "steps": settings["steps"]}
 
     def _probe(self, cell: Cell) -> tuple[float, float]:
         """CPU seconds before the first step's end, and of a step; measured once for all seeds."""
-        kept = self.path(replace(cell, seed=-1)).with_suffix(".probe.json")
+        out = self.home / "runs" / f"{self.path(replace(cell, seed=-1)).stem}-probe"
+        kept = out.with_name(out.name + ".json")
         if not kept.is_file():
-            out = self.home / "runs" / kept.name
             settings = {**self._config(cell), "steps": PROBE}
             used, first = self._train(replace(cell, seed=0), settings, out, fresh=True)
-            kept.parent.mkdir(parents=True, exist_ok=True)
+            out.parent.mkdir(parents=True, exist_ok=True)
             kept.write_text(json.dumps([first, (used - first) / (PROBE - 1)]))
         fixed, step = json.loads(kept.read_text())
         return fixed, step
@@ -347,25 +346,20 @@ class World:
         )
         return cpu() - begun, first.at - begun
 
-    def _soup(self, cell: Cell) -> tuple[Path, dict[str, Any]]:
+    def _soup(self, cell: Cell, out: Path) -> dict[str, Any]:
+        """Average the runs of its seeds."""
         from embkit.soup import soup
 
-        members = [replace(cell, soup=(), seed=seed) for seed in cell.soup]
-        for member in members:
-            self.result(member)
-        out = self.home / "runs" / self.path(cell).stem
-        soup([self.home / "runs" / self.path(m).stem for m in members], out=out, select="uniform")
-        return out / "model" if (out / "model").is_dir() else out, {}
+        members = [self.trained(replace(cell, soup=(), seed=seed)) for seed in cell.soup]
+        soup([model.parent for model, _ in members], out=out, select="uniform")
+        return {"cpu": sum(about["cpu"] for _, about in members)}
 
-    def _peer(self, cell: Cell) -> tuple[Path, dict[str, Any]]:
+    def _peer(self, cell: Cell, out: Path) -> dict[str, Any]:
         """Train with sentence-transformers, in a process of its own."""
-        out = self.home / "runs" / self.path(cell).stem
         rows = peer.export(self.clean("plain"), self.home / "pairs", self.plan)
-        settings = {
-            **dict(cell.peer or {}),
-            "seed": cell.seed,
-            "budget": cell.budget,
-            "probe": PROBE,
-        }
-        said = peer.run(self.start(cell.start), rows, out, settings, dims=self.plan.model["dims"])
-        return out / "model", said
+        settings: dict[str, Any] = {**dict(cell.peer or {}), "seed": cell.seed, "probe": PROBE}
+        settings["budget"] = cell.budget
+        if cell.seed:  # its first seed has had the probe
+            first = self.trained(replace(cell, seed=0))[1]
+            settings |= {"budget": 0, "steps": first["steps"]}
+        return peer.run(self.start(cell.start), rows, out, settings, dims=self.plan.model["dims"])

@@ -119,10 +119,10 @@ def main(folder: Path) -> None:
     if about["budget"]:
         _, used, fixed = train(about, data, steps=about["probe"])
         step = (used - fixed) / (about["probe"] - 1)
-        steps = max(1, round((about["budget"] - mined - fixed) / step))
+        steps = max(1, round((about["budget"] - fixed) / step))
     model, used, _ = train(about, data, steps=steps)
     model.save(str(folder / "model"))
-    said = {"cpu": round(mined + used, 2), "before": round(mined, 2), "steps": steps}
+    said = {"cpu": round(used, 2), "mining": round(mined, 2), "steps": steps}
     (folder / "said.json").write_text(json.dumps(said))
 
 

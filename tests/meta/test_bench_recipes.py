@@ -100,7 +100,7 @@ def test_a_budget_sets_the_steps(world: World, monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(World, "_train", train)
     monkeypatch.setattr(World, "score", lambda *_: {})
-    before = world.cost(world.store("plain"))
+    before = world.tokenizing()
     for seed in (0, 1):
         world.result(Cell(train={"lr": 0.5}, mined=False, budget=60.0, seed=seed))
     want = round((60 - before - 0.5) / 0.1)
@@ -174,3 +174,23 @@ def test_noise_moves_positives_of_a_third(folder: Path, tmp_path: Path) -> None:
 def test_both_sides_try_as_many_settings() -> None:
     assert len(group.GRID) == len(group.OURS) == 6
     assert isinstance(group.REAL, Plan)
+
+
+def test_the_table_says_what_the_interval_says() -> None:
+    from embkit.bench.recipes_table import table
+
+    row = {
+        "name": "recipes.soup", "peer": "best run", "expected": "better (X)",
+        "ndcg_difference": 0.5, "interval": [0.1, 0.9],
+        "kinds_mean_sd": {
+            "embkit": {"retrieval": [61.5, 0.25]}, "best run": {"retrieval": [61, 0]},
+        },
+    }  # fmt: skip
+    same, worse = {**row, "interval": [-0.1, 0.9]}, {**row, "interval": [-0.9, -0.1]}
+    lines = table([row, same, worse]).splitlines()
+    assert lines[0] == "| row | nDCG@10, with / without | nDCG@10 gained (95%) | papers | seen |"
+    assert lines[2] == (
+        "| soup | 61.5 ± 0.2 / 61.0 ± 0.0 | +0.50 (+0.10 to +0.90) | better (X) | better |"
+    )
+    assert lines[3].endswith("| no difference seen |") and lines[4].endswith("| worse |")
+    assert lines[1].count("|") == lines[0].count("|")

@@ -11,7 +11,7 @@ import json
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +69,8 @@ class Cell:
         form: of the store: plain, or a variant of :meth:`World.store`.
         start: "pre" or "random". mined: whether negatives are mined.
         widths: trained in place of the plan's. dims: scored; the full width when empty.
-        budget: CPU seconds for mining and training, whose steps are then set by a probe; 0 takes
-            the steps of the settings.
+        budget: CPU seconds for tokenization and training, whose steps are then set by a probe; 0
+            takes the steps of the settings.
         soup: seeds whose runs are averaged, with no training of its own.
         peer: settings of sentence-transformers in place of ``train``.
         split: whose sets are scored.
@@ -100,12 +100,7 @@ class World:
 
     def folder(self, form: str) -> Path:
         """The data folder of a form of the store."""
-        plan = self.plan
-        changes: dict[str, Callable[..., Any]] = {
-            "noisy": real.noisy,
-            "few": real.few,
-            "fine": partial(real.only, names=(*plan.fine, *plan.sts, *plan.labels)),
-        }
+        changes: dict[str, Callable[..., Any]] = {"noisy": real.noisy, "few": real.few}
         if form not in changes:
             return self.data
         return real.variant(self.data, self.home / f"data-{form}", form, changes[form])
@@ -128,8 +123,7 @@ class World:
 
     def store(self, form: str) -> Path:
         """The token store: plain; prompted, with one format of queries and passages; noisy, with
-        wrong positives; filtered, noisy behind the score filter; few, with few examples; fine,
-        of the fine-tuning tasks alone."""
+        wrong positives; filtered, noisy behind the score filter; few, with few examples."""
         from embkit import data
 
         options: dict[str, Any] = {"vocab_size": self.plan.vocab}
@@ -194,6 +188,21 @@ class World:
         work()
         if not there:
             kept.write_text(json.dumps({"cpu": round(cpu() - begun, 2)}))
+
+    def tokenizing(self) -> float:
+        """CPU seconds of tokenization with the start model's tokenizer, of all texts."""
+        from embkit import data
+
+        out, tokenizer = self.home / "again", self.store("plain") / "tokenizer"
+        clean, query, passage = self.clean("plain"), self.plan.query, self.plan.passage
+        self._timed(
+            out,
+            lambda: data.tokenize(
+                clean, out=out, tokenizer=tokenizer,
+                max_length_query=query, max_length_passage=passage,
+            ),
+        )  # fmt: skip
+        return self.cost(out)
 
     def cost(self, out: Path) -> float:
         """CPU seconds that an output took when it was made."""
@@ -297,12 +306,14 @@ class World:
         settings = self._config(cell)
         spent = 0.0
         if cell.budget:
-            spent = self.cost(self.store(cell.form))
-            spent += self.cost(self.mined(cell.form)) if cell.mined else 0
+            spent = self.tokenizing()
             fixed, step = self._probe(cell)
             settings["steps"] = max(1, round((cell.budget - spent - fixed) / step))
         used, _ = self._train(cell, settings, out)
-        return {"cpu": round(spent + used, 2), "before": spent, "steps": settings["steps"]}
+        about = {"cpu": round(spent + used, 2), "before": spent, "steps": settings["steps"]}
+        if cell.mined:
+            about["mining"] = self.cost(self.mined(cell.form))
+        return about
 
     def _probe(self, cell: Cell) -> tuple[float, float]:
         """CPU seconds before the first step's end, and of a step; measured once for all seeds."""

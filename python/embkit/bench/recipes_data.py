@@ -114,11 +114,6 @@ def few(task: str, rows: list[Row], *, keep: int = 2000) -> list[Row]:
     return [rows[i] for i in sorted(order[:keep])]
 
 
-def only(task: str, rows: list[Row], *, names: Iterable[str]) -> list[Row]:
-    """The tasks of these names."""
-    return rows if task in names else []
-
-
 def _pairs(real: Path, name: str, out: Path) -> None:
     folder = "prefinetune" if name in PRE else "finetune"
     rows: list[Row] = [

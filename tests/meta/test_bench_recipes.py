@@ -194,3 +194,12 @@ def test_the_table_says_what_the_interval_says() -> None:
     )
     assert lines[3].endswith("| no difference seen |") and lines[4].endswith("| worse |")
     assert lines[1].count("|") == lines[0].count("|")
+
+
+def test_mixtures_by_rule() -> None:
+    plan = replace(TINY, fine=("a", "b"), sts=("s",), labels=("x", "y"))
+    sizes = {"a": 900, "b": 100, "s": 5, "x": 7, "y": 9, "other": 1}
+    assert plan.mixture("uniform", sizes) == dict.fromkeys("absxy", 1.0)
+    assert plan.mixture("size", sizes) == {k: float(sizes[k]) for k in "absxy"}
+    found = plan.mixture("size, 0.8", sizes)
+    assert found == pytest.approx({"a": 0.6, "b": 0.2, "s": 0.1, "x": 0.05, "y": 0.05})

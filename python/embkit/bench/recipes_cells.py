@@ -59,6 +59,21 @@ class Plan:
             found |= {task: share / len(tasks) for task in tasks if share}
         return found
 
+    def mixture(self, rule: str, sizes: Mapping[str, int]) -> dict[str, float]:
+        """Weights by a rule: uniform; size, by examples; or "size, SHARE", that share for the
+        retrieval tasks by the root of their examples, the rest for sentences and labels alike."""
+        names = (*self.fine, *self.sts, *self.labels)
+        if rule == "uniform":
+            return dict.fromkeys(names, 1.0)
+        if rule == "size":
+            return {task: float(sizes[task]) for task in names}
+        share = float(rule.split(",")[1])
+        roots = {task: sizes[task] ** 0.5 for task in self.fine}
+        total = sum(roots.values())
+        return self.shares(share, (1 - share) / 2, (1 - share) / 2) | {
+            task: share * root / total for task, root in roots.items()
+        }
+
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
@@ -278,15 +293,14 @@ class World:
         shutil.rmtree(self.home, ignore_errors=True)
 
     def _config(self, cell: Cell) -> dict[str, Any]:
-        """Settings of its training; tasks may be "uniform", or "size": all by their examples."""
+        """Settings of its training; tasks may be a rule of :meth:`Plan.mixture`."""
         from embkit.data import Store
 
         settings = {**self.plan.finetune, **cell.train, "seed": cell.seed}
-        if isinstance(settings.get("tasks"), str):
+        rule = settings.get("tasks")
+        if isinstance(rule, str):
             sizes = Store(self.store(cell.form)).task_sizes
-            names = self.plan.shares()
-            equal = settings["tasks"] == "uniform"
-            settings["tasks"] = {t: 1.0 if equal else float(sizes[t]) for t in names}
+            settings["tasks"] = self.plan.mixture(rule, sizes)
         return settings
 
     def trained(self, cell: Cell) -> tuple[Path, dict[str, Any]]:

@@ -94,3 +94,11 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "sum": ({}, {"reduction": "sum"}),
     "none": ({"hard": "private"}, {"reduction": "none"}),
 }
+
+_RELATIVE: dict[str, Any] = {"margin": -0.3, "margin_relative": True}
+REFERENCE_ONLY: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "relative_margin": ({"hard": "private"}, {**_RELATIVE, "same_tower": True}),
+    "relative_margin_jagged": ({"hard": "shared", "jagged": 3}, {**_RELATIVE, "margin": 0.5}),
+    "relative_margin_symmetric": ({}, {**_RELATIVE, "symmetric": True, "doc_doc": True}),
+}
+"""Variants that no Triton kernel has."""

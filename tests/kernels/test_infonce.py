@@ -1,10 +1,11 @@
 """infonce against its row-by-row float64 specification: values, every gradient, masks."""
 
+import math
 from typing import Any
 
 import pytest
 import torch
-from infonce_cases import VARIANTS, assert_close, gradients, problem
+from infonce_cases import REFERENCE_ONLY, VARIANTS, assert_close, gradients, problem
 from torch import Tensor
 
 from embkit_kernels import infonce, infonce_naive, value_and_grads
@@ -55,12 +56,12 @@ def test_golden(case: str, function: Any, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("path", ["scalar", "rows"])
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", [*VARIANTS, *REFERENCE_ONLY])
 def test_every_variant_against_naive(
     variant: str, path: str, rng: torch.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Both ways to a gradient: on the way of a scalar loss, and recomputed for per-row losses."""
-    shape, options = VARIANTS[variant]
+    shape, options = {**VARIANTS, **REFERENCE_ONLY}[variant]
     options = {**options, "reduction": "none"} if path == "rows" else options
     monkeypatch.setattr(chunked, "MIN_ROWS", 5)  # several ragged chunks
     monkeypatch.setitem(chunked.WORKSPACE, "cpu", 1)
@@ -76,6 +77,18 @@ def test_every_variant_against_naive(
     single = {k: v.float() if v.is_floating_point() else v for k, v in values.items()}
     options["temperature"] = torch.tensor(0.07)
     assert_close(gradients(infonce, single, **options), want, GRAD_TOLERANCE[torch.float32])
+
+
+def test_a_relative_margin_is_a_share_of_the_positive() -> None:
+    """By hand: cosines 0.8 (positive), 0.77 and 0.75 (negatives), kept up to 0.95 x 0.8 = 0.76."""
+    q = torch.tensor([[1.0, 0.0]], dtype=torch.float64)
+    p = torch.tensor([[s, (1 - s * s) ** 0.5] for s in (0.8, 0.77, 0.75)], dtype=torch.float64)
+    loss, _ = infonce(q, p, temperature=0.1, margin=-0.05, margin_relative=True)
+    assert loss.item() == pytest.approx(math.log1p(math.exp((0.75 - 0.8) / 0.1)), rel=1e-12)
+    with pytest.MonkeyPatch.context() as env:
+        env.setenv("EMBKIT_KERNELS", "triton")
+        with pytest.raises(RuntimeError):  # no silent reference for who asks for Triton
+            infonce(q.float(), p.float(), margin=-0.05, margin_relative=True)
 
 
 @pytest.mark.gpu

@@ -178,7 +178,8 @@ class State(Rows):
             y = torch.addcmul(shift, dot, bank.column_inverse(k, rows)).mul_(a / self.tau)
             mask = drop
             if self.problem.margin is not None:
-                false_negative = y > self.problem.margin / self.tau
+                unit = reference.abs() if self.problem.margin_relative else 1
+                false_negative = y > self.problem.margin * unit / self.tau
                 mask = false_negative if drop is None else false_negative.logical_or_(drop)
             if bank.alpha:
                 y = y.mul_(1 + bank.alpha * self.tau).add_(bank.alpha * reference)

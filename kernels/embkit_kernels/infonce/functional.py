@@ -39,6 +39,7 @@ def infonce(
     symmetric: bool = False,
     hardness_alpha: float = 0.0,
     margin: float | None = None,
+    margin_relative: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Contrastive loss with in-batch and hard negatives at several embedding widths.
 
@@ -85,7 +86,10 @@ def infonce(
         hardness_alpha: adds alpha * s, gradient stopped, to hard negatives' logits
             (EmbeddingGemma: 5.0).
         margin: drop a negative whose cosine exceeds the positive's (the lowest, if several) by
-            more than this, per width, gradient stopped (Qwen3: 0.1).
+            more than this, per width, gradient stopped (Qwen3: 0.1). May be negative.
+        margin_relative: the margin is a share of the positive's absolute cosine: -0.05 keeps what
+            is at most 95 % of a cosine above 0 (NV-Retriever's rule). No Triton kernel: the
+            reference runs on every device.
 
     Returns:
         The loss, summed over widths with `dim_weights`, and the unweighted loss at each width in
@@ -168,6 +172,7 @@ def infonce(
         doc_doc=doc_doc,
         hardness_alpha=float(hardness_alpha),
         margin=None if margin is None else float(margin),
+        margin_relative=margin_relative,
     )
     directions: list[tuple[Tensor, Tensor, Tensor | None, Tensor, Problem]]
     directions = [(q, p, hard, tau, forward)]
@@ -186,6 +191,7 @@ def infonce(
             same_tower=doc_doc,
             doc_doc=same_tower,
             margin=forward.margin,
+            margin_relative=margin_relative,
         )
         directions.append((own, q, None, tau, reverse))
 

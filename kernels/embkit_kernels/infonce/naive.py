@@ -49,6 +49,7 @@ def infonce_naive(
     symmetric: bool = False,
     hardness_alpha: float = 0.0,
     margin: float | None = None,
+    margin_relative: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The loss of `infonce`, same arguments and results, computed in the inputs' dtype on CPU."""
     batch, columns = q.shape[0], p.shape[0]
@@ -68,7 +69,8 @@ def infonce_naive(
         def add(scores: Tensor, drop: Tensor, alpha: float = 0.0) -> None:
             fixed = scores.detach()
             if margin is not None:
-                drop = drop | (fixed > s_pos.min().detach() + margin)
+                low = s_pos.min().detach()
+                drop = drop | (fixed > low + margin * (low.abs() if margin_relative else 1))
             terms.append((scores / temperature + alpha * fixed)[~drop])
 
         passage = _same(query_ids, i, passage_query_ids, columns)
@@ -127,6 +129,7 @@ def infonce_naive(
             same_tower=doc_doc,
             doc_doc=same_tower,
             margin=margin,
+            margin_relative=margin_relative,
         )
         rows = (rows + reverse) / 2
     weights = torch.ones(batch, dtype=q.dtype) if row_weights is None else row_weights

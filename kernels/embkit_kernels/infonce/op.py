@@ -23,9 +23,10 @@ _PROBLEM_SCHEMA = (
     "int[] dims, Tensor positive_index, Tensor? positive_offsets, Tensor? query_ids,"
     " Tensor? passage_ids, Tensor? passage_query_ids, Tensor? hard_ids, Tensor? hard_query_ids,"
     " Tensor? passage_mask, Tensor? hard_mask, bool include_positive, bool in_batch,"
-    " bool same_tower, bool doc_doc, float hardness_alpha, float? margin"
+    " bool same_tower, bool doc_doc, float hardness_alpha, float? margin,"
+    " bool margin_relative"
 )
-_FIELDS = 16
+_FIELDS = 17
 
 
 def _problem(fields: tuple[Any, ...]) -> Problem:
@@ -34,11 +35,20 @@ def _problem(fields: tuple[Any, ...]) -> Problem:
     return Problem(**{**values, "dims": tuple(values["dims"])})
 
 
-def _implementation(q: Tensor, p: Tensor, hard: Tensor | None) -> Any:
-    """The module whose `forward` and `backward` run here: `.triton` or `chunked`."""
+def _implementation(q: Tensor, p: Tensor, hard: Tensor | None, problem: Problem) -> Any:
+    """The module whose `forward` and `backward` run here: `.triton` or `chunked`.
+
+    A relative margin, which the tiles do not have, is the reference's on every device.
+
+    Raises:
+        KernelUnavailableError: a relative margin where the Triton kernels are asked for by name.
+    """
     dtype = torch.promote_types(q.dtype, p.dtype)
     dtype = dtype if hard is None else torch.promote_types(dtype, hard.dtype)
-    if _dispatch.provider("infonce", q.device, dtype) == "triton" and q.numel() and p.numel():
+    tiles = _dispatch.provider("infonce", q.device, dtype) == "triton"
+    if problem.margin_relative and _dispatch.requested() == "triton":
+        raise _dispatch.KernelUnavailableError("infonce: no Triton kernel has a relative margin")
+    if tiles and q.numel() and p.numel() and not problem.margin_relative:
         from . import triton
 
         return triton
@@ -54,8 +64,9 @@ def infonce_forward(
     q: Tensor, p: Tensor, hard: Tensor | None, tau: Tensor, *fields: Any
 ) -> tuple[Tensor, Tensor]:
     """Per-row losses [K, B] and the saved statistic X = nLSE - z_pos [K, B]; see chunked.py."""
+    problem = _problem(fields)
     with full_precision(q.device):
-        return _implementation(q, p, hard).forward(q, p, hard, tau, _problem(fields))
+        return _implementation(q, p, hard, problem).forward(q, p, hard, tau, problem)
 
 
 @infonce_forward.register_fake
@@ -89,9 +100,10 @@ def infonce_backward(
     *fields: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, p, hard, tau; an empty tensor stands for one that is not needed."""
-    needs, run = (need_q, need_p, need_hard), _implementation(q, p, hard)
+    needs, problem = (need_q, need_p, need_hard), _problem(fields)
+    run = _implementation(q, p, hard, problem)
     with full_precision(q.device):
-        grads = run.backward(grad, x, q, p, hard, tau, _problem(fields), needs)
+        grads = run.backward(grad, x, q, p, hard, tau, problem, needs)
     return _cast(grads, q, p, hard, tau)
 
 
@@ -180,7 +192,8 @@ def infonce_fused(
 
     Only the first output is differentiable (in weights too); a gradient not needed is empty.
     """
-    needs, run, problem = (need_q, need_p, need_hard), _implementation(q, p, hard), _problem(fields)
+    needs, problem = (need_q, need_p, need_hard), _problem(fields)
+    run = _implementation(q, p, hard, problem)
     with full_precision(q.device):
         if run is chunked:
             rows, grads = chunked.fused(weights, q, p, hard, tau, problem, needs)

@@ -32,6 +32,7 @@ class Problem:
     doc_doc: bool = False
     hardness_alpha: float = 0.0
     margin: float | None = None
+    margin_relative: bool = False
 
 
 def as_rows(ids: Tensor | None) -> Tensor | None:

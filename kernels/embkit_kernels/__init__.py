@@ -10,6 +10,7 @@ from .cosent import cosent, cosent_naive, prefix_cosine
 from .distill import embedding_distill, embedding_distill_naive
 from .infonce import infonce, infonce_naive, infonce_ring, value_and_grads
 from .mean_pool import cls_pool, last_token_pool, mean_pool, mean_pool_ref
+from .score_distill import score_distill, score_distill_naive
 from .similarity import mrl_similarity, mrl_similarity_naive
 from .spread_out import spread_out, spread_out_naive
 
@@ -30,6 +31,8 @@ __all__ = [
     "mrl_similarity_naive",
     "prefix_cosine",
     "provider",
+    "score_distill",
+    "score_distill_naive",
     "spread_out",
     "spread_out_naive",
     "value_and_grads",

@@ -207,10 +207,8 @@ def test_explain_names_the_numbers() -> None:
         assert word in text
     assert "hard negatives, drawn" not in explain(Train())
     moving = explain(Train(hard_negatives=3, dynamic=Dynamic(rule="conan-v1")))
-    assert (
-        "its own 3 hard negatives, a slice of those mined for it, which moves on by conan-v1"
-        in moving
-    )
+    words = "its own 3 hard negatives, a slice of those mined for it, which moves on by conan-v1"
+    assert words in " ".join(moving.split())
 
 
 def test_bad_tables(table: Any) -> None:

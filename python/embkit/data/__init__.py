@@ -12,6 +12,7 @@ from embkit.data.filter_score import ScoreFilter
 from embkit.data.loader import Store
 from embkit.data.records import Records, read
 from embkit.data.tables import Examples, Texts
+from embkit.data.teacher import Teacher, teach
 from embkit.data.tokenize import tokenize
 from embkit.recipe.tasks import Conversion, Task
 
@@ -24,6 +25,7 @@ __all__ = [
     "ScoreFilter",
     "Store",
     "Task",
+    "Teacher",
     "Texts",
     "append",
     "dedup",
@@ -31,6 +33,7 @@ __all__ = [
     "merge",
     "read",
     "subset",
+    "teach",
     "text_statistics",
     "to_datasets",
     "tokenize",

@@ -3,6 +3,9 @@
 No maths here: rows, identity keys and masks go in, ``embkit.kernels`` is called.
 """
 
-from embkit.losses.tasks import Outcome, Sides, compute, explain, value_and_grad
+from embkit.losses.explain import explain
+from embkit.losses.fit import losses_fit
+from embkit.losses.sides import Outcome, Sides
+from embkit.losses.tasks import compute, value_and_grad
 
-__all__ = ["Outcome", "Sides", "compute", "explain", "value_and_grad"]
+__all__ = ["Outcome", "Sides", "compute", "explain", "losses_fit", "value_and_grad"]

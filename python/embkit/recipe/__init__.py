@@ -15,6 +15,7 @@ from embkit.recipe.files import (
     save,
     to_table,
 )
+from embkit.recipe.loss import Loss
 from embkit.recipe.mine import Dynamic, Rules
 from embkit.recipe.mix import Mix
 from embkit.recipe.model import Model
@@ -33,6 +34,7 @@ __all__ = [
     "Evaluate",
     "Filter",
     "Format",
+    "Loss",
     "Mix",
     "Model",
     "Part",

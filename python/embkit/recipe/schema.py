@@ -36,6 +36,12 @@ def plain(value: Any) -> Any:
     return value
 
 
+def changed(value: Any) -> dict[str, Any]:
+    """The fields of a flat dataclass that differ from their defaults, as a plain table."""
+    default = plain(type(value)())
+    return {name: item for name, item in plain(value).items() if default.get(name) != item}
+
+
 def build(cls: Any, table: Any, where: str) -> Any:
     """A dataclass from a table: unknown keys name the nearest, types are checked."""
     if not isinstance(table, Mapping):

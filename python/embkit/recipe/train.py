@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
+from embkit.recipe.loss import Loss
 from embkit.recipe.mine import Dynamic
-from embkit.recipe.schema import one_of, require
+from embkit.recipe.schema import build, one_of, plain, require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +61,7 @@ class Part:
         hard_negatives: per query of a retrieval batch.
         in_batch: whether other rows' positives are negatives; False leaves the hard negatives
             (Conan-embedding's balance loss).
+        loss: settings of the part's loss, over the stage's.
         ranks: processes that work on this part alone, at the same time as the others'; 0 for
             parts that take turns on all.
     """
@@ -68,6 +71,7 @@ class Part:
     weight: float = 1.0
     hard_negatives: int = 0
     in_batch: bool = True
+    loss: Mapping[str, Any] = field(default_factory=dict)
     ranks: int = 0
 
     def __post_init__(self) -> None:
@@ -117,6 +121,10 @@ class Train:
             without their prompt, drawn anew each epoch (Gemini Embedding 2 does so, at a rate it
             does not give).
         cosent_scale: lambda of CoSENT (1 / its temperature).
+        loss: which candidates a query has, and what is added (docs/losses.md). losses: settings
+            of single tasks over it, by the task's name.
+        teacher: a file or folder of vectors, one per row of the store, to distil from; empty
+            for none.
         token_budget: tokens of a micro-batch, padding included; 0 finds what fits on the GPU
             (docs/step.md). layout: "padded", or "packed" without padding (docs/models.md); "auto"
             packs on a GPU in half precision.
@@ -169,6 +177,9 @@ class Train:
     refresh_lag: int = 100
     prompt_dropout: float = 0.0
     cosent_scale: float = 20.0
+    loss: Loss = field(default_factory=Loss)
+    losses: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    teacher: str = ""
     token_budget: int = 16384
     layout: str = "auto"
     checkpoint_every: int = 100
@@ -246,6 +257,49 @@ class Train:
         )
         require(self.ema < 1, f"ema = {self.ema} never moves.", "give less than 1, e.g. 0.999")
         self._check_parts()
+        self._check_losses()
+
+    def loss_of(self, task: str, part: int = 0) -> Loss:
+        """The loss of a task: the stage's, with the part's settings and then the task's over it."""
+        over: dict[str, Any] = {}
+        if self.parts:
+            own = self.parts[part]
+            over = {**({} if own.in_batch else {"in_batch": False}), **own.loss}
+        over = {**over, **self.losses.get(task, {})}
+        return build(Loss, {**plain(self.loss), **over}, f"losses.{task}") if over else self.loss
+
+    def _check_losses(self) -> None:
+        batches = [(i, part.hard_negatives) for i, part in enumerate(self.parts)]
+        distils = False
+        for i, hard in batches or [(0, self.hard_negatives)]:
+            for task in ("", *self.losses):
+                loss = self.loss_of(task, i)
+                distils = distils or loss.distill > 0
+                name = f"losses.{task}" if task else f"parts[{i}].loss" if self.parts else "loss"
+                terms = loss.terms()
+                others = terms["in_batch"] or terms["same_tower"] or terms["doc_doc"]
+                for wanted, what in (
+                    (not others, "leaves hard negatives only"),
+                    (loss.hard == "shared", "shares hard negatives"),
+                    (loss.distill_scores > 0, "compares scores of hard negatives"),
+                ):
+                    require(
+                        not wanted or hard > 0,
+                        f"{name} {what}, and hard_negatives is 0.",
+                        "set hard_negatives, e.g. 4",
+                    )
+        require(
+            distils == bool(self.teacher),
+            "A loss distils from a teacher, and there is none."
+            if distils
+            else f"teacher = {self.teacher!r}, and no loss has a factor for it.",
+            "give teacher and loss.distill, or neither",
+        )
+        require(
+            not self.loss.learn_temperature or self.sharding == "replicate",
+            "A learned temperature needs whole weights on each rank.",
+            'set sharding = "replicate", or loss.learn_temperature = false',
+        )
 
     def _check_parts(self) -> None:
         require(

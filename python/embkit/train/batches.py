@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from embkit.data.batches import Batch as Filled
 from embkit.data.batches import Batches
 from embkit.errors import UsageError
 from embkit.losses import Sides
+from embkit.recipe import Loss
 from embkit.train.parallel import Ranks, Share
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ class Batch:
         query, positive: int64 [b], places of each side in those embeddings.
         hard: int64 [b, H].
         share: the ranks that have it between them; None for one process.
-        weight: of its loss in the step's. in_batch: whether other rows' positives are negatives.
+        weight: of its loss in the step's. loss: of its task.
         step: optimizer step, from 0. place: among the parts of a step.
         others: the other parts that this process works on.
     """
@@ -93,9 +94,14 @@ class Batch:
     step: int
     share: Share | None = None
     weight: float = 1.0
-    in_batch: bool = True
+    loss: Loss = field(default_factory=Loss)
     place: int = 0
     others: tuple[Batch, ...] = ()
+
+    @property
+    def in_batch(self) -> bool:
+        """Whether other rows' positives are negatives."""
+        return bool(self.loss.terms()["in_batch"])
 
     @property
     def task(self) -> str:
@@ -158,6 +164,7 @@ class Steps:
     def __init__(self, store: Any, config: Train, ranks: Ranks, **options: Any) -> None:
         parts = config.parts
         self.several = bool(parts) or config.accumulate > 1
+        self._loss_of = config.loss_of
         own, team = None, ranks
         if parts and parts[0].ranks:
             own, team = ranks.part([part.ranks for part in parts])
@@ -200,7 +207,6 @@ class Steps:
                 )  # fmt: skip
                 about = {
                     "weight": part.weight,
-                    "in_batch": part.in_batch,
                     "place": i,
                     "share": share(part.batch_size),
                 }
@@ -287,7 +293,13 @@ class Steps:
         try:
             for filled in zip(*ahead, strict=True):
                 parts = [
-                    Batch.of(one, device, step=one.step // s.stride, **s.about)
+                    Batch.of(
+                        one,
+                        device,
+                        step=one.step // s.stride,
+                        **s.about,
+                        loss=self._loss_of(one.task, s.about["place"]),
+                    )
                     for one, s in zip(filled, self._own, strict=True)
                 ]
                 yield replace(parts[0], others=tuple(parts[1:])) if len(parts) > 1 else parts[0]

@@ -20,9 +20,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from embkit.data.teacher import Teacher
 from embkit.errors import EmbkitError, Preempted, UsageError, nearest
+from embkit.losses import losses_fit
 from embkit.progress import Bar, bar
 from embkit.recipe import Train
+from embkit.recipe.schema import changed
 from embkit.stage import Stage
 from embkit.train import budget, checks, statistics
 from embkit.train.batches import Batch, Steps, allocator, layout_of
@@ -54,7 +57,7 @@ _DEFAULTS = Train()
 REFRESH = "refresh"  # folder of a run that is gone when it is published
 _FREE = (
     "data_threads", "log_every", "checkpoint_every", "keep_checkpoints", "watch", "graph_memory",
-    "sharding", "shard_ranks", "cpu_offload", "gather", "rank_timeout",
+    "sharding", "shard_ranks", "cpu_offload", "gather", "rank_timeout", "teacher",
 )  # fmt: skip
 
 
@@ -159,7 +162,10 @@ def train(
         params["miner"] = dict(miner.params)
     options: dict[str, Any] = {
         "name": name, "params": params, "kind": "embkit.run", "fresh": fresh,
-        "inputs": [store.path, *([mined] if mined else []), *_judges(config)],
+        "inputs": [
+            store.path, *([mined] if mined else []), *_judges(config),
+            *([config.teacher] if config.teacher else []),
+        ],
     }  # fmt: skip
     device = training_device(encoder.device)
     with (
@@ -240,6 +246,12 @@ class _Run:
                 where="steps",
                 fix=f'set steps = {end}, more epochs, or exhausted = "repeat"',
             )
+        teacher = Teacher(config.teacher, store) if config.teacher else None
+        losses_fit(
+            config, encoder.dims, store, [b.names for b in self.steps.distinct],
+            teacher_width=teacher.width if teacher else None, mined=negatives is not None,
+            ranks=ranks.world,
+        )  # fmt: skip
         self.adopt_sides()
         init_sha256 = sha256_tensors(encoder.state_dict())
         checks.same_start(ranks, init_sha256)
@@ -247,7 +259,7 @@ class _Run:
         self.optimizer = Optimizer(encoder, config)
         self.step = Step(
             encoder, config, self.optimizer, ranks=ranks, weights=weights, parts=self.steps.count,
-            scored=self.steps.sizes if config.dynamic.on else (),
+            scored=self.steps.sizes if config.dynamic.on else (), teacher=teacher,
         )  # fmt: skip
         self.sharded = weights.sharded
         self.profile = Profile()
@@ -522,6 +534,11 @@ def _decisive(config: Train) -> dict[str, Any]:
     if config.watch.best == "export":
         plain["best"] = config.watch.evaluate_every
     off = (*off, *(name for name in _LATER if plain[name] == getattr(_DEFAULTS, name)))
+    plain["loss"] = changed(config.loss)
+    off = (*off, *(name for name in ("loss", "losses") if not plain[name]))
+    for part in plain["parts"]:
+        if not part["loss"]:
+            del part["loss"]
     return {key: value for key, value in plain.items() if key not in (*_FREE, *off)}
 
 

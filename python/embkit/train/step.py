@@ -26,6 +26,7 @@ from embkit.train.statistics import Statistics
 
 if TYPE_CHECKING:
     from embkit.data.tables import Array
+    from embkit.data.teacher import Teacher
     from embkit.model import Encoder
     from embkit.recipe import Train
     from embkit.train.batches import Batch, MicroBatch
@@ -75,6 +76,7 @@ class Step:
             spread`; copies by default.
         parts: of a step, on all ranks together.
         scored: rows of each part's global batch, when the scores of hard negatives are to be taken.
+        teacher: of losses that distil.
     """
 
     def __init__(
@@ -87,9 +89,10 @@ class Step:
         weights: Replicas | Shards | None = None,
         parts: int = 1,
         scored: Sequence[int] = (),
+        teacher: Teacher | None = None,
     ) -> None:
         self.encoder, self.config, self.optimizer, self.parts = encoder, config, optimizer, parts
-        self.ranks = ranks or Ranks()
+        self.ranks, self.teacher = ranks or Ranks(), teacher
         ends = [0, *accumulate(scored)]
         self._scored = [slice(a, b) for a, b in pairwise(ends)]
         self._score_count = ends[-1]
@@ -192,8 +195,9 @@ class Step:
         clock.lap("forward")
         out, gradient = value_and_grad(
             e_RD, batch.query, batch.positive, batch.hard, batch.sides,
-            dims=self.encoder.dims, config=self.config, share=batch.share,
-            in_batch=batch.in_batch,
+            dims=self.encoder.dims, config=self.config, share=batch.share, step=batch.step,
+            loss=batch.loss,
+            teacher=None if self.teacher is None else self._vectors(batch),
         )  # fmt: skip
         factor = batch.weight * self.optimizer.scale
         if factor != 1:
@@ -204,6 +208,12 @@ class Step:
         chunks.backward(gradient, before_last=self.weights.arm if last else None)
         clock.lap("backward")
         return e_RD, out.loss, out.per_dim
+
+    def _vectors(self, batch: Batch) -> torch.Tensor:
+        """The teacher's, of the rows that were embedded."""
+        assert self.teacher is not None
+        found = torch.from_numpy(self.teacher.rows(batch.filled.rows))
+        return found.to(self.encoder.device, non_blocking=True)
 
     def _forward(self, micro: MicroBatch) -> torch.Tensor:
         return micro.embed(self._model)

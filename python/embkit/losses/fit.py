@@ -1,0 +1,111 @@
+"""What a loss needs of the model, the tasks and the data, asked before the first step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from embkit.errors import UsageError, nearest
+from embkit.recipe import Train
+
+
+def losses_fit(
+    config: Train,
+    dims: Sequence[int],
+    store: Any,
+    parts: Sequence[Sequence[str]],
+    *,
+    teacher_width: int | None = None,
+    mined: bool = False,
+    ranks: int = 1,
+) -> None:
+    """Refuse losses that the model, the tasks or the data have not what it takes for.
+
+    Args:
+        dims: widths of the model. store: an ``embkit.data.Store``. parts: names of the tasks of
+            each part of a step. teacher_width: of the teacher's vectors. mined: whether hard
+            negatives are mined ones. ranks: processes that share the run.
+
+    Raises:
+        UsageError: a task or a width that is not there, negatives that a task cannot have, a
+            teacher that is too wide or has scored nothing.
+    """
+    for name in config.losses:
+        if name not in store.task_names:
+            raise UsageError(
+                f"losses.{name}: the store has no task of that name.",
+                fix=nearest(name, store.task_names),
+            )
+    if teacher_width is not None and teacher_width > max(dims):
+        raise UsageError(
+            f"The teacher's vectors have width {teacher_width}, the embeddings {max(dims)}.",
+            where="teacher",
+            fix="give the model a projection to that width, or take a narrower teacher",
+        )
+    for i, names in enumerate(parts):
+        for name in names:
+            _fits(config, i, name, dims, store, mined)
+            if ranks > 1 and config.gather == "ring":
+                _rings(config, i, name)
+
+
+def _rings(config: Train, part: int, name: str) -> None:
+    loss = config.loss_of(name, part)
+    terms = loss.terms()
+    wrong = {
+        "doc_doc": terms["doc_doc"],
+        "symmetric": terms["symmetric"],
+        'hard = "shared"': loss.hard == "shared",
+        "spread_out": loss.spread_out > 0,
+        "in_batch = false": terms["same_tower"] and not terms["in_batch"],
+    }
+    for what, there in wrong.items():
+        if there:
+            raise UsageError(
+                f"The loss of task {name!r} needs the rows of all ranks at once ({what}), and "
+                "gather = 'ring' brings them one rank's at a time.",
+                where="gather",
+                fix='set gather = "all", or another loss',
+            )
+
+
+def _fits(
+    config: Train, part: int, name: str, dims: Sequence[int], store: Any, mined: bool
+) -> None:
+    loss, kind = config.loss_of(name, part), store.task(name)["kind"]
+    terms: Mapping[str, Any] = loss.terms()
+    strange = sorted(set(loss.dim_weights) - {str(d) for d in dims})
+    if strange:
+        raise UsageError(
+            f"loss.dim_weights has a width {strange[0]}, the model has {list(dims)}.",
+            where=f"task {name}",
+            fix="weigh widths of the model",
+        )
+    if kind == "classification" and not (
+        terms["in_batch"] or terms["same_tower"] or terms["doc_doc"]
+    ):
+        raise UsageError(
+            f"Task {name!r} is a classification, whose negatives are other rows', and its loss "
+            "takes none of them.",
+            where=f"losses.{name}",
+            fix=f'set losses.{name} = {{ form = "gemini-v2" }}, or turn its records into queries '
+            "with positives and negatives",
+        )
+    if kind != "retrieval" or not loss.distill_scores:
+        return
+    if mined:
+        raise UsageError(
+            "distill_scores compares a teacher's scores of positives and negatives, and mined "
+            "negatives have none of the positive's scale.",
+            where=f"losses.{name}",
+            fix="train on the examples' own negatives, or set distill_scores = 0",
+        )
+    import numpy as np
+
+    table = store.examples(name)
+    if not (np.isfinite(table.score).any() and np.isfinite(table.negative_score).any()):
+        raise UsageError(
+            f"Task {name!r} has no teacher's scores: score or negative_score is empty.",
+            where=f"losses.{name}",
+            fix="give records pos_scores and neg_scores, or set distill_scores = 0 for this task",
+        )

@@ -81,6 +81,13 @@ def _fits(
             where=f"task {name}",
             fix="weigh widths of the model",
         )
+    for setting in ("learn_temperature", "distill_scores"):
+        if getattr(loss, setting):
+            raise UsageError(
+                f"loss.{setting} is a loss of embkit.losses only; training does not feed it yet.",
+                where=f"task {name}",
+                fix=f"leave {setting} out",
+            )
     if kind == "classification" and not (
         terms["in_batch"] or terms["same_tower"] or terms["doc_doc"]
     ):

@@ -98,6 +98,7 @@ def ablations(plan: Plan) -> dict[str, Ablation]:
         {"tasks": dict.fromkeys(plan.fine, 1.0), "batch_size": batch // 2, "hard_negatives": 2},
         {"tasks": dict.fromkeys(plan.sts, 1.0), "batch_size": batch // 2, "weight": 0.8},
     )
+    labels = dict.fromkeys(plan.labels, 1.0)
     apart = plan.shares(retrieval=0.5, sts=0.5, labels=0.0)
     return {
         "hard_negatives": Ablation(
@@ -137,16 +138,21 @@ def ablations(plan: Plan) -> dict[str, Ablation]:
             on=base, off=replace(base, train={"tasks": "size"}),
             kinds=("retrieval", "sts", "classification"), expected="better (Gecko)",
         ),
+        "identity_mask": Ablation(
+            on=Cell(train={"tasks": labels}, mined=False),
+            off=Cell(train={"tasks": labels, "loss": {"mask": "off"}}, mined=False),
+            kinds=("classification",), expected="better at classification (Gemini Embedding)",
+        ),
     }  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Found:
-    """Cells of some seeds as one: mean scores by kind, each query's mean, each seed's mean."""
+    """Cells of some seeds as one: scores by kind, means of queries or texts, means of seeds."""
 
     kinds: Mapping[str, float]
     spread: Mapping[str, float]
-    ndcg: Mapping[str, Any]
+    items: Mapping[str, Mapping[str, Any]]
     seeds: list[float]
     cpu: float
 
@@ -155,11 +161,14 @@ def found(results: list[dict[str, Any]], *, dim: int = 0, kinds: tuple[str, ...]
     """Join the results of seeds at a width (the full one for 0); ``seeds`` is over ``kinds``."""
     width = str(dim or max(map(int, results[0]["scores"])))
     scores = [result["scores"][width] for result in results]
-    queries = [result["ndcg"][width] for result in results]
+    items = [result["items"][width] for result in results]
     return Found(
         kinds={kind: float(np.mean([s[kind] for s in scores])) for kind in scores[0]},
         spread={kind: float(np.std([s[kind] for s in scores])) for kind in scores[0]},
-        ndcg={name: np.mean([q[name] for q in queries], axis=0) for name in queries[0]},
+        items={
+            kind: {name: np.mean([i[kind][name] for i in items], axis=0) for name in items[0][kind]}
+            for kind in items[0]
+        },
         seeds=[float(np.mean([s[kind] for kind in kinds])) for s in scores],
         cpu=float(np.sum([result.get("cpu", 0.0) for result in results])),
     )
@@ -175,7 +184,8 @@ def ablation(world: World, name: str, one: Ablation, *, seeds: tuple[int, ...]) 
         best = int(np.argmax(off.seeds))
         off = found([world.result(replace(one.off, seed=seeds[best]))], **options)
     facts = {"expected": one.expected, "kinds": list(one.kinds), "steps": dict(world.plan.finetune)}
-    return _case(f"recipes.{name}", on, off, "without" if not one.best else "best run", facts)
+    peer = "without" if not one.best else "best run"
+    return _case(f"recipes.{name}", on, off, peer, facts, of=one.kinds[0])
 
 
 def our_cell(plan: Plan, more: Mapping[str, Any], budget: float) -> Cell:
@@ -214,15 +224,22 @@ def quality(world: World, *, seeds: tuple[int, ...], budget: float) -> Case:
 
 
 def _case(
-    name: str, a: Found, b: Found, peer: str, facts: Mapping[str, Any], goal: str | None = None
+    name: str,
+    a: Found,
+    b: Found,
+    peer: str,
+    facts: Mapping[str, Any],
+    goal: str | None = None,
+    of: str = "retrieval",
 ) -> Case:
-    change = paired_bootstrap(a.ndcg, b.ndcg)
+    change = paired_bootstrap(a.items[of], b.items[of])
     kinds = {
         who: {k: [round(f.kinds[k], 2), round(f.spread[k], 2)] for k in f.kinds}
         for who, f in (("embkit", a), (peer, b))
     }
     more = {
-        "ndcg_difference": round(change.mean, 3),
+        "difference_of": of,
+        "difference": round(change.mean, 3),
         "interval": [round(change.low, 3), round(change.high, 3)],
         "kinds_mean_sd": kinds,
         "by_seed": {"embkit": a.seeds, peer: b.seeds},

@@ -243,8 +243,9 @@ class World:
         """The cell's result; computed when it is not there.
 
         Returns:
-            ``scores`` by width and kind of task and ``ndcg`` by width, set and query, in percent;
-            ``cpu`` seconds of mining and training; ``steps``.
+            in percent, ``scores`` by width and kind of task, and ``items`` by width, kind, set and
+            query or text to classify (share of the probes that are right); ``cpu`` seconds of
+            training and what it needs; ``steps``.
         """
         path = self.path(cell)
         if not path.is_file():
@@ -258,29 +259,37 @@ class World:
         """Scores of a model on the cell's split, from one encode of each text."""
         import numpy as np
 
+        from embkit.evaluate import metrics
         from embkit.evaluate.compare import ndcg_of
         from embkit.evaluate.run import MAIN, encode_set, prefix, score_set
-        from embkit.evaluate.tasks import RetrievalSet
+        from embkit.evaluate.tasks import ClassificationSet, RetrievalSet
         from embkit.model import Encoder
 
         lengths = {"query": self.plan.query, "passage": self.plan.passage}
         encoder = Encoder.from_pretrained(model, max_length=lengths)
         each: dict[str, dict[str, dict[str, float]]] = {}
-        ndcg: dict[str, dict[str, list[float]]] = {}
+        items: dict[str, dict[str, dict[str, list[float]]]] = {}
         for found in self.sets(cell.split):
             whole = encode_set(encoder, found, encoder.width)
             for width in cell.dims or (encoder.width,):
                 parts = [prefix(p, width) for p in whole]
-                value = score_set(found, parts)[MAIN[found.type]]
-                each.setdefault(str(width), {}).setdefault(found.type, {})[found.name] = value
+                values = None
                 if isinstance(found, RetrievalSet):
-                    values = np.round(ndcg_of(found, parts), 4).tolist()
-                    ndcg.setdefault(str(width), {})[found.name] = values
+                    values = ndcg_of(found, parts)
+                if isinstance(found, ClassificationSet):
+                    hit = metrics.hits(parts[0], found.train_label, parts[1], found.test_label)
+                    value, values = metrics.mean_accuracy(hit), 100 * hit.mean(axis=0)
+                else:
+                    value = score_set(found, parts)[MAIN[found.type]]
+                each.setdefault(str(width), {}).setdefault(found.type, {})[found.name] = value
+                if values is not None:
+                    by_kind = items.setdefault(str(width), {}).setdefault(found.type, {})
+                    by_kind[found.name] = np.round(values, 4).tolist()
         kinds = {
             width: {kind: float(np.mean(list(sets.values()))) for kind, sets in found.items()}
             for width, found in each.items()
         }
-        return {"scores": kinds, "sets": each, "ndcg": ndcg}
+        return {"scores": kinds, "sets": each, "items": items}
 
     def sets(self, split: str) -> list[EvalSet]:
         """The sets of a split, read once."""
@@ -335,18 +344,20 @@ class World:
         kept = out.with_name(out.name + ".json")
         if not kept.is_file():
             settings = {**self._config(cell), "steps": PROBE}
-            used, first = self._train(replace(cell, seed=0), settings, out, fresh=True)
+            used, first = self._train(replace(cell, seed=0), settings, out)
             out.parent.mkdir(parents=True, exist_ok=True)
             kept.write_text(json.dumps([first, (used - first) / (PROBE - 1)]))
         fixed, step = json.loads(kept.read_text())
         return fixed, step
 
-    def _train(
-        self, cell: Cell, settings: Mapping[str, Any], out: Path, *, fresh: bool = False
-    ) -> tuple[float, float]:
-        """CPU seconds of the training, and of it until the end of the first step."""
+    def _train(self, cell: Cell, settings: Mapping[str, Any], out: Path) -> tuple[float, float]:
+        """CPU seconds of the training, and of it until the end of the first step.
+
+        A run that was stopped begins again: what it had used is not known.
+        """
         from embkit.model import Encoder
-        from embkit.recipe import Dynamic, Part, Train
+        from embkit.recipe import Train
+        from embkit.recipe.schema import build
         from embkit.train import Callback, finetune
 
         class First(Callback):
@@ -355,19 +366,14 @@ class World:
             def on_step(self, step: int, line: Any, speed: Any) -> None:
                 self.at = self.at or cpu()
 
-        config = dict(settings)
-        if "dynamic" in config:
-            config["dynamic"] = Dynamic(**config["dynamic"])
-        if "parts" in config:
-            config["parts"] = tuple(Part(**part) for part in config["parts"])
         options = {"dims": cell.widths} if cell.widths else {}
         encoder = Encoder.from_pretrained(self.start(cell.start), **options)
         store = self.store(cell.form)
         mined = self.mined(cell.form) if cell.mined else None
         first, begun = First(), cpu()
-        made = Train(**{"checkpoint_every": 10**6, "keep_checkpoints": 1, **config})
+        made = build(Train, {"checkpoint_every": 10**6, **settings}, "cell")
         finetune(
-            encoder, store, negatives=mined, out=out, config=made, callbacks=[first], fresh=fresh
+            encoder, store, negatives=mined, out=out, config=made, callbacks=[first], fresh=True
         )
         return cpu() - begun, first.at - begun
 

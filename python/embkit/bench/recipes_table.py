@@ -19,7 +19,7 @@ def table(rows: Sequence[Row]) -> str:
     """A line per row: each kind's means and spreads, and the difference with its interval."""
     kinds = [kind for kind in _NAMES if any(kind in _means(row, "embkit") for row in rows)]
     heads = ["row", *(f"{_NAMES[k]}, with / without" for k in kinds)]
-    heads += ["nDCG@10 gained (95%)", "papers", "seen"]
+    heads += ["gained (95%)", "papers", "seen"]
     lines = [_line(heads), "|" + "---|" * len(heads)]
     for row in rows:
         cells = [row["name"].removeprefix("recipes.")]
@@ -27,14 +27,15 @@ def table(rows: Sequence[Row]) -> str:
             both = [_means(row, who).get(kind) for who in ("embkit", row["peer"])]
             cells.append(" / ".join(f"{m:.1f} ± {sd:.1f}" for m, sd in filter(None, both)))
         low, high = row["interval"]
-        cells.append(f"{row['ndcg_difference']:+.2f} ({low:+.2f} to {high:+.2f})")
+        of = _NAMES[row["difference_of"]]
+        cells.append(f"{of} {row['difference']:+.2f} ({low:+.2f} to {high:+.2f})")
         cells += [row.get("expected", row.get("goal") or ""), seen(row)]
         lines.append(_line(cells))
     return "\n".join(lines)
 
 
 def seen(row: Row) -> str:
-    """Whether retrieval gains: the interval is above zero, below it, or holds it."""
+    """Whether something is gained: the interval is above zero, below it, or holds it."""
     low, high = row["interval"]
     return "better" if low > 0 else "worse" if high < 0 else "no difference seen"
 

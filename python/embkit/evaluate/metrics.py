@@ -95,16 +95,31 @@ def accuracy(
     Args:
         train, test: embeddings [n, d].
     """
+    return mean_accuracy(hits(train, train_label, test, test_label))
+
+
+def mean_accuracy(hit: NDArray[np.bool_]) -> float:
+    """Accuracy in percent of what :func:`hits` has found."""
+    return 100 * float(np.mean([float(np.mean(draw)) for draw in hit]))
+
+
+def hits(
+    train: NDArray[np.float32],
+    train_label: Sequence[str],
+    test: NDArray[np.float32],
+    test_label: Sequence[str],
+) -> NDArray[np.bool_]:
+    """Which test texts the probes of :func:`accuracy` get right, bool [draws, n]."""
     from sklearn.linear_model import LogisticRegression
 
     truth = np.array(test_label)
     labels = np.array(train_label)
-    scores = []
+    found = []
     for rows in draws(train_label):
         # lbfgs stops at max_iter with a warning: MTEB's setting, kept for comparable numbers.
         probe = LogisticRegression(max_iter=100, random_state=_SEED)
-        scores.append(float(np.mean(_fit(probe, train[rows], labels[rows]).predict(test) == truth)))
-    return 100 * float(np.mean(scores))
+        found.append(_fit(probe, train[rows], labels[rows]).predict(test) == truth)
+    return np.array(found)
 
 
 def draws(labels: Sequence[str]) -> list[NDArray[np.int64]]:

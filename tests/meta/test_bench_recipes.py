@@ -202,3 +202,17 @@ def test_mixtures_by_rule() -> None:
     assert plan.mixture("size", sizes) == {k: float(sizes[k]) for k in "absxy"}
     found = plan.mixture("size, 0.8", sizes)
     assert found == pytest.approx({"a": 0.6, "b": 0.2, "s": 0.1, "x": 0.05, "y": 0.05})
+
+
+def test_settings_of_every_row_are_settings() -> None:
+    from embkit.recipe import Train
+    from embkit.recipe.schema import build
+
+    plan = group.REAL
+    cells = [cell for one in group.ablations(plan).values() for cell in (one.on, one.off)]
+    cells += [group.our_cell(plan, more, 1.0) for more in group.OURS]
+    for cell in cells:
+        settings = {**plan.finetune, **cell.train, "tasks": {}}
+        made = build(Train, settings, "cell")
+        parts = [part.hard_negatives for part in made.parts]
+        assert cell.mined == any([made.hard_negatives, *parts])

@@ -20,6 +20,8 @@ from embkit.errors import CorruptError, UsageError, nearest
 from embkit.recipe import Recipe, Train
 
 if TYPE_CHECKING:
+    import torch
+
     from embkit.data import Records, Store
     from embkit.model import Encoder
     from embkit.train import Miner
@@ -92,7 +94,8 @@ def run(
 
     # The ranks meet once for all stages: those that train use them, the others are the first's.
     limit = max(chosen.prefinetune.rank_timeout, chosen.finetune.rank_timeout)
-    with open_ranks(training_device(torch.device("cpu")), timeout=limit) as ranks:
+    device = training_device(torch.device("cpu"), chosen.prefinetune.device)
+    with open_ranks(device, timeout=limit) as ranks:
         if chosen.mix.on and ranks.world > 1:
             raise UsageError(
                 "The search of a mixture needs a single process.",
@@ -159,10 +162,10 @@ class _Run:
         models = {"start" if recipe.model.path else "untrained": start, "pre-finetuned": pre}
         models |= {f"fine-tuned {i}": Encoder.from_pretrained(p) for i, p in enumerate(tuned)}
         models |= {f"soup, {name}": encoder for name, encoder in soups.items()}
-        result = self._scores(models)
+        result = self._scores(models, pre.device)
 
         self._stage("export", "sentence-transformers layout")
-        chosen = soups[recipe.soup.select]
+        chosen = soups[recipe.soup.select].cpu()  # its check compares with the CPU
         chosen.export(out / "model")
         result["export"] = {
             "max_abs_difference": check_export(chosen, out / "model", _sample_texts(self.data)),
@@ -230,7 +233,7 @@ class _Run:
                 work.publish()
         return Encoder.from_pretrained(self.out / "init" / "model")
 
-    def _scores(self, models: Mapping[str, Encoder]) -> dict[str, Any]:
+    def _scores(self, models: Mapping[str, Encoder], device: torch.device) -> dict[str, Any]:
         from embkit.evaluate import evaluate
 
         scores: dict[str, Any] = {}
@@ -241,7 +244,7 @@ class _Run:
                     self.out / "scores" / f"{split}-{name.replace(', ', '-').replace(' ', '-')}"
                 )
                 bm25 = self.recipe.evaluate.bm25 and i == 0
-                found = evaluate(encoder, self.data / split, out=target, bm25=bm25)
+                found = evaluate(encoder.to(device), self.data / split, out=target, bm25=bm25)
                 scores[split][name] = found
         return {
             "recipe": self.recipe.name,

@@ -19,7 +19,7 @@ from embkit.errors import UsageError
 from embkit.model import Encoder
 from embkit.recipe import Part, Train
 from embkit.train.batches import Steps
-from embkit.train.parallel import Ranks
+from embkit.train.parallel import Ranks, training_device
 from embkit.train.sharding import spread
 
 Found = dict[str, Any]
@@ -159,6 +159,22 @@ def test_the_balanced_step_is_the_papers_formula(
     assert of(out, "balanced", 1)["loss"][0][0] == pytest.approx(total, rel=1e-5)
 
 
+def test_where_a_model_trains(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU where there is one, on that of its rank under a launcher, or as the recipe says."""
+    cpu, second = torch.device("cpu"), torch.device("cuda", 1)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert training_device(cpu) == cpu
+    with pytest.raises(UsageError, match="finds no GPU"):
+        training_device(cpu, "cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert training_device(cpu) == training_device(cpu, "cuda") == torch.device("cuda", 0)
+    assert training_device(second) == second and training_device(second, "cpu") == cpu
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert training_device(cpu) == second and training_device(cpu, "cpu") == cpu
+
+
 def test_refused_before_the_first_step(skewed: Store) -> None:
     for settings, match in (
         ({"accumulate": 2, "parts": driver.BALANCED}, "parts and accumulate"),
@@ -166,6 +182,8 @@ def test_refused_before_the_first_step(skewed: Store) -> None:
         ({"parts": driver.own_ranks(1, 1), "sharding": "shard"}, "whole weights"),
         ({"sharding": "shards"}, "did you mean 'shard'"),
         ({"precision": "fp8"}, "precision"),
+        ({"gather": "rign"}, "did you mean 'ring'"),
+        ({"device": "gpu"}, "device"),
         ({"accumulate": 0}, "not positive"),
         ({"ema": 1.0}, "never moves"),
     ):

@@ -145,6 +145,7 @@ class Train:
         compile: torch.compile of the encoder.
         sharding: of weights over ranks: "replicate", "shard" (FSDP2), or "hybrid": shards in each
             set of ``shard_ranks``, copies among the sets. cpu_offload: shards rest in main memory.
+        device: of the training: "cpu", "cuda", or "auto", a GPU where there is one.
         gather: how ranks meet the passages of all: "all" of them at once, or "ring", one rank's at
             a time, where all do not fit (docs/step.md).
         rank_timeout: seconds after which a rank that does not answer is an error.
@@ -199,6 +200,7 @@ class Train:
     sharding: str = "replicate"
     shard_ranks: int = 1
     cpu_offload: bool = False
+    device: str = "auto"
     gather: str = "all"
     rank_timeout: float = 600.0
 
@@ -208,6 +210,7 @@ class Train:
         one_of("adamw", self.adamw, ("fused", "foreach"))
         one_of("precision", self.precision, ("fp32", "bf16", "fp16"))
         one_of("sharding", self.sharding, ("replicate", "shard", "hybrid"))
+        one_of("device", self.device, ("auto", "cpu", "cuda"))
         one_of("gather", self.gather, ("all", "ring"))
         one_of("exhausted", self.exhausted, ("repeat", "drop", "stop"))
         one_of("hard_rule", self.hard_rule, ("sample", "top"))

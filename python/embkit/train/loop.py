@@ -57,7 +57,7 @@ _DEFAULTS = Train()
 REFRESH = "refresh"  # folder of a run that is gone when it is published
 _FREE = (
     "data_threads", "log_every", "checkpoint_every", "keep_checkpoints", "watch", "graph_memory",
-    "sharding", "shard_ranks", "cpu_offload", "gather", "rank_timeout", "teacher",
+    "sharding", "shard_ranks", "cpu_offload", "gather", "rank_timeout", "teacher", "device",
 )  # fmt: skip
 
 
@@ -167,13 +167,13 @@ def train(
             *([config.teacher] if config.teacher else []),
         ],
     }  # fmt: skip
-    device = training_device(encoder.device)
+    device = training_device(encoder.device, config.device)
     with (
         open_ranks(device, timeout=config.rank_timeout) as ranks,
         stage_of(ranks, out, **options) as work,
     ):
         if work.done:
-            return Encoder.from_pretrained(work.out / "model"), Profile()
+            return Encoder.from_pretrained(work.out / "model").to(device), Profile()
         checks.before_training(encoder, store)
         checks.ranks_fit(config, ranks)
         encoder.check_steps(config.steps)

@@ -323,13 +323,27 @@ def answered() -> Iterator[None]:
         ) from error
 
 
-def training_device(given: torch.device) -> torch.device:
-    """Where a model trains: one on the CPU goes to the GPU that a launcher gave its process.
+def training_device(given: torch.device, wanted: str = "auto") -> torch.device:
+    """Where a model trains.
 
     Deterministic products on a GPU need a fixed workspace, which is asked for here.
+
+    Args:
+        given: where it is. wanted: "cpu", "cuda", or "auto": a model on the CPU goes to the GPU,
+            where there is one; to that of LOCAL_RANK where a launcher says it.
+
+    Raises:
+        UsageError: "cuda" is wanted, and there is none.
     """
-    if given.type == "cpu" and "LOCAL_RANK" in os.environ and torch.cuda.is_available():
-        given = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    there = torch.cuda.is_available()
+    if wanted == "cuda" and not there:
+        raise UsageError(
+            "torch finds no GPU.", where="device", fix='set device = "auto", or "cpu" to be sure'
+        )
+    if wanted == "cpu":
+        given = torch.device("cpu")
+    elif given.type == "cpu" and there:
+        given = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     if given.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     return given

@@ -1,37 +1,45 @@
 """Runs a small training, killing it on purpose again and again; prints what came of it as JSON.
 
-    python kill_driver.py STORE MODEL OUT KILLS SEED [NEGATIVES]
+    python kill_driver.py STORE MODEL OUT KILLS SEED [changing NEGATIVES | shards SOURCE]
 
-With NEGATIVES to start from, hard negatives are replaced during training and mined again beside it.
+With ``changing``, hard negatives are replaced during training and mined again beside it, from
+NEGATIVES on. With ``shards``, a run begins with records: it reads those of SOURCE, removes copies
+and makes its own store, of tens of shards.
 
 Children are forked from a process that has everything imported. A child counts events (a log line,
 a file or directory published) and kills itself with SIGKILL just before or just after one of them,
-so the kills land in steps, in checkpoints and in the publishing of the run, and say where.
+or while shards are written, so the kills land in shards, in steps, in checkpoints and in the
+publishing of the run, and say where.
 """
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
 import random
 import signal
 import sys
+import threading
+import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import tiny
 import torch
 
 from embkit import _rust, container
 from embkit.data import Store
 from embkit.model import Encoder
-from embkit.recipe import Dynamic
+from embkit.recipe import Dynamic, Model
 from embkit.train import Miner, finetune
 from embkit.train.log import Log
 
 FAKE = Path(__file__).parents[1] / "fake_miner.py"
+SHARDS = ("records", "clean", "store")  # what a run of ``shards`` makes before it trains
 
 SETTINGS: dict[str, Any] = {
     "steps": 24,
@@ -50,9 +58,38 @@ CHANGING: dict[str, Any] = {
 }
 
 
-def arm(limit: int, after: bool, landing: int) -> None:
+def arm(limit: int, after: bool, landing: int, target: Path) -> None:
     """From now on, die at the ``limit``-th event of this process."""
     seen = 0
+    dying = threading.Lock()
+
+    def shards(real: Callable[..., Any]) -> Callable[..., Any]:
+        """One call writes many files: each is an event."""
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal seen
+            ended = threading.Event()
+            before = len(written())
+            watcher = threading.Thread(target=watch, args=(before + limit - seen, ended))
+            watcher.start()
+            result = real(*args, **kwargs)
+            ended.set()
+            watcher.join()
+            seen += len(written()) - before
+            if seen >= limit:  # the last files came at once
+                die("shard")
+            return result
+
+        def written() -> list[str]:
+            return glob.glob(f"{target}/.partial-store-*/*")  # noqa: PTH207
+
+        def watch(many: int, ended: threading.Event) -> None:
+            while not ended.is_set():
+                if len(written()) >= many:
+                    die("shard")
+                time.sleep(0.0001)
+
+        return call
 
     def wrap(phase: Callable[..., str], real: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -68,6 +105,7 @@ def arm(limit: int, after: bool, landing: int) -> None:
         return call
 
     def die(phase: str) -> None:
+        dying.acquire()  # once
         os.write(landing, f"{phase}\n".encode())
         os.kill(os.getpid(), signal.SIGKILL)
 
@@ -77,6 +115,8 @@ def arm(limit: int, after: bool, landing: int) -> None:
             return "checkpoint"
         if "/refresh/" in path:
             return "refresh"
+        if any(f"/{name}" in path or f".partial-{name}-" in path for name in SHARDS):
+            return "shard"
         return "step" if path.endswith("log.jsonl") else "publish"
 
     Log.write = wrap(lambda *_: "step", Log.write)  # type: ignore[method-assign]
@@ -84,9 +124,12 @@ def arm(limit: int, after: bool, landing: int) -> None:
     _rust.publish_file = wrap(place, _rust.publish_file)
     _rust.publish_dir = wrap(place, _rust.publish_dir)
     _rust.write_manifest = wrap(place, _rust.write_manifest)
+    _rust.tokenize = shards(_rust.tokenize)
 
 
-def attempt(out: Path, store: Store, encoder: Encoder, limit: int, after: bool, log: Path) -> int:
+def attempt(
+    work: Callable[[Path], object], target: Path, limit: int, after: bool, log: Path
+) -> int:
     """One child; returns its wait status."""
     pid = os.fork()
     if pid == 0:
@@ -94,8 +137,8 @@ def attempt(out: Path, store: Store, encoder: Encoder, limit: int, after: bool, 
         try:
             handle = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
             if limit:
-                arm(limit, after, handle)
-            finetune(encoder, store, out=out, **SETTINGS)
+                arm(limit, after, handle, target)
+            work(target)
             code = 0
         finally:
             os._exit(code)
@@ -103,14 +146,13 @@ def attempt(out: Path, store: Store, encoder: Encoder, limit: int, after: bool, 
 
 
 def summary(out: Path) -> dict[str, Any]:
-    """What must be equal: the log and every file of the model, the checkpoints and the manifest."""
+    """What must be equal: the log, every file of the model, the checkpoints and the shards."""
     files = {
         str(p.relative_to(out)): hashlib.sha256(p.read_bytes()).hexdigest()
         for p in sorted(out.rglob("*"))
-        if p.is_file() and p.name != "README.md"  # its title is the directory's name
+        if p.is_file() and "tensorboard" not in p.parts  # times
     }
-    files.pop("manifest.json")  # lists README.md
-    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (out / "run/log.jsonl").read_text().splitlines()]
     return {
         "files": files,
         "loss_hex": [x["loss_hex"] for x in lines],
@@ -119,19 +161,32 @@ def summary(out: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    store_path, model, out, kills, seed, *given = sys.argv[1:]
-    if given:
+    store_path, model, out, kills, seed, *more = sys.argv[1:]
+    torch.set_num_threads(1)
+    if more and more[0] == "changing":
         words = [sys.executable, str(FAKE), store_path]
         SETTINGS.update(
             CHANGING,
-            negatives=given[0],
+            negatives=more[1],
             refresh=Miner(command=lambda m, o: [*words, str(m), str(o)]),
         )
-    torch.set_num_threads(1)
     store, encoder = Store(store_path), Encoder.from_pretrained(model, dropout=0.1)
+    if more and more[0] == "shards":
+        SETTINGS["tasks"] = {"pairs": 3.0, "classes": 1.0}
+        tokenizer = tiny.make_tokenizer(Path(out) / "tokenizer")
+        store = Store(tiny.build(Path(more[1]), tokenizer, Path(out) / "first"))
+        sizes = Model(hidden=32, layers=2, heads=2, intermediate=64, dims=(32, 16, 8), dropout=0.1)
+        encoder = Encoder.from_config(sizes, store.path / "tokenizer")
+
+    def work(target: Path) -> None:
+        data = store
+        if more and more[0] == "shards":
+            data = Store(tiny.build(Path(more[1]), tokenizer, target))
+        finetune(encoder, data, out=target / "run", **SETTINGS)
+
     folder, random_ = Path(out), random.Random(int(seed))
     # The first AdamW imports a good part of torch: do it once, before the forks.
-    finetune(encoder, store, out=folder / "warm", **{**SETTINGS, "steps": 1})
+    finetune(encoder, store, out=folder / "warm/run", **{**SETTINGS, "steps": 1})
     landing = folder / "landings"
     landing.touch()
     statuses = Counter[str]()
@@ -140,13 +195,13 @@ def main() -> None:
         target = folder / f"round-{len(rounds)}"
         for i in range(200):
             limit = random_.randint(1, 26) if statuses["killed"] < int(kills) else 0
-            status = attempt(target, store, encoder, limit, random_.random() < 0.5, landing)
+            status = attempt(work, target, limit, random_.random() < 0.5, landing)
             killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
             statuses["killed" if killed else f"exit {os.waitstatus_to_exitcode(status)}"] += 1
             if status == 0 or (not killed and status) or i == 199:
                 break
         rounds.append(target)
-    attempt(folder / "whole", store, encoder, 0, False, landing)
+    attempt(work, folder / "whole", 0, False, landing)
     print(
         json.dumps(
             {
@@ -154,7 +209,7 @@ def main() -> None:
                 "landings": Counter(landing.read_text().split()),
                 "whole": summary(folder / "whole"),
                 "rounds": [summary(r) for r in rounds],
-                "left": sorted(p.name for p in folder.iterdir()),
+                "left": [p.name for p in folder.rglob(".*")],
             }
         )
     )

@@ -17,7 +17,7 @@ from embkit.data import Batches, Store
 from embkit.errors import UsageError
 from embkit.mine import load_negatives, mine
 from embkit.model import Encoder
-from embkit.recipe import Dynamic, Model, from_table
+from embkit.recipe import Dynamic, Model, Watch, from_table
 from embkit.train import dynamic, finetune
 from embkit.train.dynamic import Slices, no_longer_hard
 
@@ -240,7 +240,7 @@ def test_a_run_equals_the_replay_of_its_scores(
             patch.setattr("embkit.train.step.mean_scores", spy)
             finetune(
                 make_encoder(layers=1), store, negatives=mined, out=out, dynamic=settings,
-                data_threads=threads, **SETTINGS,
+                data_threads=threads, watch=Watch(background=threads == 3), **SETTINGS,
             )  # fmt: skip
         logs.append((out / "log.jsonl").read_bytes())
         states.append((out / "checkpoints/step-000030/optimizer.safetensors").read_bytes())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import signal
 import subprocess
@@ -23,10 +24,11 @@ from embkit.data import Store
 from embkit.data.tables import Examples
 from embkit.errors import CorruptError, EmbkitError, Preempted, UsageError
 from embkit.model import Encoder, check_export
-from embkit.recipe import Train
+from embkit.recipe import Part, Train
 from embkit.train import finetune, prefinetune, train
 from embkit.train import step as one_step
 from embkit.train.checkpoint import sha256_tensors
+from embkit.train.checks import gpu_is_there
 from embkit.train.optim import Optimizer, learning_rate
 
 SETTINGS: dict[str, Any] = {"steps": 20, "batch_size": 16, "lr": 2e-3, "token_budget": 300}
@@ -190,6 +192,14 @@ def test_nan_stops_and_saves_the_batch(
         want = encoder.tokenizer.ids([store.text(int(row))], max_length=32)[0]
         assert tokens[offsets[i] : offsets[i + 1]].tolist() == want.tolist()
     assert len(saved["query"]) == 16
+    parts = (Part(tasks={"sts": 1.0}, batch_size=8), Part(tasks={"retrieval": 1.0}, batch_size=9))
+    with pytest.raises(EmbkitError, match=r"loss of step 1 is nan") as caught:
+        prefinetune(encoder, store, out=tmp_path / "parts", **{**SETTINGS, "parts": parts})
+    (partial,) = tmp_path.glob(".partial-parts-*")
+    for name, rows in (("000001", 8), ("000001-part-1", 9)):
+        path = partial / f"failed-step-{name}.safetensors"
+        assert str(path) in str(caught.value)
+        assert len(container.load(path, kind="embkit.batch")["query"]) == rows
 
 
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(
@@ -295,6 +305,16 @@ def test_refused_before_the_first_step(
         ({"steps": 0}, "not positive"),
         ({"exhausted": "drop"}, "ends after 15 steps, 20 are asked for"),
         ({"exhausted": "never"}, "exhausted"),
+        ({"log_every": 0}, "log_every = 0 is out of range"),
+        ({"keep_checkpoints": 0}, "keep_checkpoints = 0 is out of range"),
+        ({"hard_negatives": -1}, "hard_negatives = -1 is out of range"),
+        ({"seed": 2**63}, "seed = 9223372036854775808 is out of range"),
+        ({"min_lr_ratio": 3.0}, "min_lr_ratio = 3.0 is out of range"),
+        ({"steps": 2.5}, "steps = 2.5 is no whole number"),
+        ({"lr": "1e-3"}, "lr = '1e-3' is no number"),
+        ({"lr": math.inf}, "lr = inf is no finite number"),
+        ({"betas": (1.0, 0.9)}, "betas"),
+        ({"tasks": ["retrieval"]}, "has no weights"),
     ):
         with pytest.raises(UsageError, match=match):
             prefinetune(encoder, store, out=out, **{**SETTINGS, **settings})
@@ -313,6 +333,14 @@ def test_refused_before_the_first_step(
     with pytest.raises(UsageError, match="the model takes 31"):
         prefinetune(encoder, store, out=out, **SETTINGS)
     assert not out.exists()
+
+
+def test_more_processes_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    gpu_is_there(torch.device("cpu"))
+    gpu_is_there(torch.device("cuda", 1))
+    with pytest.raises(UsageError, match="GPU 2, counted from 0, of 2"):
+        gpu_is_there(torch.device("cuda", 2))
 
 
 def test_negatives_of_another_store(

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from embkit.recipe.limits import in_limits
 from embkit.recipe.loss import Loss
 from embkit.recipe.mine import Dynamic
 from embkit.recipe.schema import build, one_of, plain, require
@@ -75,6 +76,7 @@ class Part:
     ranks: int = 0
 
     def __post_init__(self) -> None:
+        in_limits(self)
         require(
             self.batch_size > 0 and self.weight > 0 and min(self.hard_negatives, self.ranks) >= 0,
             f"parts: batch_size = {self.batch_size}, weight = {self.weight}, hard_negatives = "
@@ -205,6 +207,17 @@ class Train:
     rank_timeout: float = 600.0
 
     def __post_init__(self) -> None:
+        in_limits(self)
+        require(
+            isinstance(self.tasks, Mapping),
+            f"tasks = {self.tasks!r} has no weights.",
+            "give a table, such as { retrieval = 3.0, sts = 1.0 }",
+        )
+        require(
+            len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas) and self.eps > 0,
+            f"betas = {tuple(self.betas)}, eps = {self.eps}: one is out of range.",
+            "betas are two numbers from 0 to below 1, eps is above 0",
+        )
         one_of("schedule", self.schedule, ("cosine", "linear", "constant", "wsd"))
         one_of("layout", self.layout, ("auto", "padded", "packed"))
         one_of("adamw", self.adamw, ("fused", "foreach"))
@@ -243,7 +256,13 @@ class Train:
             "dynamic replaces hard negatives, and hard_negatives is 0.",
             "set hard_negatives, e.g. 2",
         )
-        for name in ("temperature", "lr", "mixture_temperature", "projection_lr_scale"):
+        for name in (
+            "temperature",
+            "lr",
+            "mixture_temperature",
+            "projection_lr_scale",
+            "cosent_scale",
+        ):
             value = getattr(self, name)
             require(value > 0, f"{name} = {value} is not positive.", "give a number above 0")
         for name in ("ema", "decay_ratio", "graph_memory", "warmup_steps", "token_budget"):

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from embkit import _rust
 from embkit.errors import CorruptError, UsageError
 from embkit.model.encoder import positions
@@ -95,6 +97,21 @@ def same_start(ranks: Ranks, init_sha256: str) -> None:
         raise UsageError(
             "The ranks start from different weights.",
             fix="load one model on all of them, or draw new weights from one seed",
+        )
+
+
+def gpu_is_there(device: torch.device) -> None:
+    """The GPU that a launcher gave to this process must be one of the machine's.
+
+    Raises:
+        UsageError: there are fewer.
+    """
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        raise UsageError(
+            f"This process is to train on GPU {device.index or 0}, counted from 0, of {count}.",
+            where="LOCAL_RANK",
+            fix=f"start a process per GPU: torchrun --nproc-per-node={max(count, 1)}",
         )
 
 

@@ -114,10 +114,14 @@ def _tail(path: Path, size: int) -> list[dict[str, Any]]:
     return found if data.endswith(b"\n") and isinstance(found[-1], dict) else []
 
 
-def save_failed_batch(folder: Path, batch: Batch, *, rank: int = 0) -> Path:
-    """Write a rank's batch for inspection: rows, keys, tokens; returns the file."""
+def save_failed_batch(folder: Path, batch: Batch, *, rank: int = 0) -> list[Path]:
+    """Write a rank's batch for inspection: rows, keys, tokens; a file for each part of the step."""
+    return [_save_failed(folder, part, rank) for part in (batch, *batch.others)]
+
+
+def _save_failed(folder: Path, batch: Batch, rank: int) -> Path:
     filled = batch.filled
-    end = f"-rank-{rank}" if rank else ""
+    end = (f"-part-{batch.place}" if batch.place else "") + (f"-rank-{rank}" if rank else "")
     path = folder / f"failed-step-{batch.step + 1:06d}{end}.safetensors"
     flat = [m.flat() for m in batch.micro]
     lengths = np.concatenate([n.cpu().numpy() for _, n in flat])

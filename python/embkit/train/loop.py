@@ -168,6 +168,7 @@ def train(
         ],
     }  # fmt: skip
     device = training_device(encoder.device, config.device)
+    checks.gpu_is_there(device)
     with (
         open_ranks(device, timeout=config.rank_timeout) as ranks,
         stage_of(ranks, out, **options) as work,
@@ -475,10 +476,10 @@ class _Run:
         )  # fmt: skip
 
     def _fail(self, batch: Batch, what: str, more: str = "") -> None:
-        path = save_failed_batch(self.folder, batch, rank=self.ranks.rank)
+        paths = save_failed_batch(self.folder, batch, rank=self.ranks.rank)
         raise EmbkitError(
             what,
-            where=f"task {batch.task}; its batch is in {path}",
+            where=f"task {batch.task}; its batch is in {' and '.join(map(str, paths))}",
             fix="look at that batch; a lower lr, a longer warm-up or a higher temperature helps "
             f"when the data is sound{';' + more if more else ''}",
         )

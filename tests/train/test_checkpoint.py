@@ -268,3 +268,22 @@ def test_a_copied_checkpoint_names_what_differs(
     ):
         with pytest.raises(UsageError, match=match):
             checkpoint_fits(found, {**same, **change})
+
+
+def test_order_and_strangers(tmp_path: Path) -> None:
+    """Steps count, not the alphabet; copies by hand and damaged newer ones take no place."""
+    for step in (999_999, 1_000_000, 1_000_001):
+        write(tmp_path, 1, step)
+    assert [checkpoint.step_of(p) for p in checkpoint.newest_first(tmp_path)] == [
+        1_000_001, 1_000_000,
+    ]  # fmt: skip
+    shutil.copytree(tmp_path / "step-1000001", tmp_path / "step-1000001-backup")
+    (tmp_path / "step-2000000").mkdir()
+    write(tmp_path, 1, 1_000_002)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "LATEST", "step-1000001", "step-1000001-backup", "step-1000002", "step-2000000",
+    ]  # fmt: skip
+    assert checkpoint.oldest(tmp_path) == 1_000_001
+    (tmp_path / "LATEST").unlink()
+    found = load_latest(tmp_path)
+    assert found is not None and found.state["step"] == 1_000_002

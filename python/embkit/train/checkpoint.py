@@ -226,7 +226,7 @@ class Saver:
             **state,
             "format": FORMAT,
             "version": VERSION,
-            "step": int(final.name[5:]),
+            "step": step_of(final),
             "sha256": dict(hashes),
         }
         _rust.write_manifest(str(work / "state.json"), json.dumps(content))
@@ -285,7 +285,7 @@ def load_latest(folder: Path, *, rank: int = 0) -> Checkpoint | None:
     if rank == 0:
         for left in folder.glob(".step-*.saving"):  # of ranks that were
             shutil.rmtree(left, ignore_errors=True)
-    names = sorted((p.name for p in folder.glob("step-*") if p.is_dir()), reverse=True)
+    names = [path.name for path in newest_first(folder)]
     pointer = folder / "LATEST"
     first = pointer.read_text("utf-8", errors="replace").strip() if pointer.is_file() else ""
     if first in names:
@@ -337,7 +337,18 @@ def load(path: Path) -> Checkpoint:
 
 def oldest(folder: Path) -> int:
     """Steps of the oldest checkpoint of a run, 0 without any."""
-    return min((int(p.name[5:]) for p in folder.glob("step-*") if p.is_dir()), default=0)
+    return min(map(step_of, newest_first(folder)), default=0)
+
+
+def newest_first(folder: Path) -> list[Path]:
+    """The checkpoints of a run by their steps; a directory of any other name is none of them."""
+    named = [p for p in folder.glob("step-*") if p.name[5:].isdecimal() and p.is_dir()]
+    return sorted(named, key=step_of, reverse=True)
+
+
+def step_of(path: Path) -> int:
+    """Steps done of a checkpoint, by its name."""
+    return int(path.name[5:])
 
 
 def read_state(path: Path) -> dict[str, Any]:
@@ -386,7 +397,8 @@ def best_of(state: Mapping[str, Any]) -> int:
 def prune(folder: Path, newest: Path, keep: int, *, best: int = 0) -> None:
     """Remove checkpoints beyond ``keep``; also at resume, for a run killed just before this."""
     spared = {newest.name, name_of(best)}
-    old = sorted((p for p in folder.glob("step-*") if p.is_dir() and p != newest), reverse=True)
+    # A newer one is damaged, or the run would have gone on from it: it takes no sound one's place.
+    old = [p for p in newest_first(folder) if step_of(p) < step_of(newest)]
     for path in old[max(keep, 1) - 1 :]:
         if path.name not in spared:
             # First out of sight as one step: a kill would leave half a checkpoint under its name.

@@ -15,7 +15,7 @@ from embkit.errors import CorruptError, UsageError
 from embkit.model.encoder import positions
 from embkit.model.tokens import load_tokenizer
 from embkit.stage import digest_of, partial_dir, partials
-from embkit.train.checkpoint import Checkpoint, read_state
+from embkit.train.checkpoint import Checkpoint, newest_first, read_state
 
 if TYPE_CHECKING:
     from embkit.model import Encoder
@@ -183,7 +183,7 @@ def no_other_run(out: Path, digest: str, wanted: Mapping[str, Any]) -> None:
     for partial in partials(out):
         if partial == partial_dir(out, digest):
             continue
-        for path in sorted((partial / "checkpoints").glob("step-*"), reverse=True):
+        for path in newest_first(partial / "checkpoints"):
             try:
                 state = read_state(path)
             except (CorruptError, OSError):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import json
 import math
 from collections.abc import Callable
@@ -16,7 +18,7 @@ import torch
 from embkit.data import Store
 from embkit.losses import Sides
 from embkit.model import Encoder
-from embkit.recipe import Train
+from embkit.recipe import Loss, Train
 from embkit.train import Callback, finetune, statistics
 from embkit.train.parallel import Ranks
 from embkit.train.tensorboard import scalars
@@ -25,7 +27,7 @@ DIMS = (8, 24, 16)
 CONFIG = Train(log_every=1, temperature=0.05)
 
 
-def made(kind: str, *, seed: int = 0, in_batch: bool = True, hard: int = 2) -> tuple[Any, Any]:
+def made(kind: str, *, seed: int = 0, hard: int = 2, loss: Loss | None = None) -> tuple[Any, Any]:
     """A batch whose rows share texts, keys and queries, and its embeddings."""
     rng = np.random.default_rng(seed)
     b, r = 11, 30
@@ -44,19 +46,20 @@ def made(kind: str, *, seed: int = 0, in_batch: bool = True, hard: int = 2) -> t
     )  # fmt: skip
     batch = SimpleNamespace(
         query=query, positive=positive, hard=own, sides=sides, share=None,
-        in_batch=in_batch, step=0, place=0,
+        loss=loss or Loss(), in_batch=(loss or Loss()).terms()["in_batch"], step=0, place=0,
     )  # fmt: skip
     return batch, e_RD
 
 
 def measured(*batches: tuple[Any, Any], tasks: tuple[str, ...] = ("t",)) -> dict[str, Any]:
-    found = statistics.Statistics(CONFIG, DIMS, len(batches), Ranks())
+    config = dataclasses.replace(CONFIG, loss=batches[0][0].loss, hard_negatives=2)
+    found = statistics.Statistics(config, DIMS, len(batches), Ranks())
     for place, (batch, e_RD) in enumerate(batches):
         batch.place = place
         found.add(batch, e_RD)
     sums = found.take()
     assert sums is not None and found.take() is None
-    return statistics.report(sums, tasks, DIMS, CONFIG)
+    return statistics.report(sums, tasks, DIMS, config)
 
 
 def cosine(a: torch.Tensor, b: torch.Tensor, d: int) -> float:
@@ -67,7 +70,7 @@ def cosine(a: torch.Tensor, b: torch.Tensor, d: int) -> float:
 
 def naive(batch: Any, e: torch.Tensor) -> dict[str, Any]:
     """Every candidate of every row, as a decision of its own."""
-    s, rows = batch.sides, range(len(batch.query))
+    s, rows, rule = batch.sides, range(len(batch.query)), batch.loss.mask
     all_, masked = 0, 0
     kept: dict[int, list[torch.Tensor]] = {i: [] for i in rows}
     for i in rows:
@@ -75,43 +78,53 @@ def naive(batch: Any, e: torch.Tensor) -> dict[str, Any]:
             for j in rows:
                 if j != i:
                     all_ += 1
-                    same = (
-                        s.positive_key[j] == s.positive_key[i] or s.query_key[j] == s.query_key[i]
-                    )
+                    same = rule != "off" and s.positive_key[j] == s.positive_key[i]
+                    same = same or (rule == "keys" and s.query_key[j] == s.query_key[i])
                     masked += bool(same)
                     kept[i] += [] if same else [e[batch.positive[j]]]
         for h in range(batch.hard.shape[1]):
             if s.hard_mask[i, h]:
                 all_ += 1
-                same = s.hard_key[i, h] == s.positive_key[i]
+                same = rule != "off" and s.hard_key[i, h] == s.positive_key[i]
                 masked += bool(same)
                 kept[i] += [] if same else [e[batch.hard[i, h]]]
     out: dict[str, Any] = {"masked": masked / all_, "accuracy": {}, "positive": {}, "negative": {}}
     for d in DIMS:
         pos = [cosine(e[batch.query[i]], e[batch.positive[i]], d) for i in rows]
         neg = [[cosine(e[batch.query[i]], x, d) for x in kept[i]] for i in rows]
-        right = [pos[i] > max(neg[i]) for i in rows if neg[i]]
+        right = [pos[i] > max(neg[i]) + 1e-6 for i in rows if neg[i]]
         out["accuracy"][str(d)] = sum(right) / len(right)
         out["positive"][str(d)] = float(np.mean(pos))
         out["negative"][str(d)] = float(np.mean([x for row in neg for x in row]))
+        if batch.loss.margin is not None:
+            unit = [abs(p) if batch.loss.margin_rule == "relative" else 1.0 for p in pos]
+            over = [x > pos[i] + batch.loss.margin * unit[i] for i in rows for x in neg[i]]
+            out.setdefault("beyond_margin", {})[str(d)] = float(np.mean(over))
     return out
 
 
-@pytest.mark.parametrize("hard", [0, 2])
-@pytest.mark.parametrize("in_batch", [True, False])
 @pytest.mark.parametrize("block", [1 << 20, 40])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {}, {"in_batch": False}, {"mask": "positives"}, {"mask": "off", "temperature": 0.5},
+        {"margin": -0.1}, {"margin": -0.3, "margin_rule": "relative"},
+    ],
+    ids=str,
+)  # fmt: skip
 def test_pairs_with_negatives(
-    hard: int, in_batch: bool, block: int, monkeypatch: pytest.MonkeyPatch
+    settings: dict[str, Any], block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if not hard and not in_batch:
-        return  # a recipe cannot ask for it
+    """Masks and margins as the loss has them, also cut into blocks of rows."""
     monkeypatch.setitem(statistics._BLOCK, "cpu", block)
-    for seed in range(3):
-        batch, e_RD = made("retrieval", seed=seed, in_batch=in_batch, hard=hard)
+    loss = Loss(**settings)
+    for seed, hard in itertools.product(range(2), (0, 2) if loss.terms()["in_batch"] else (2,)):
+        batch, e_RD = made("retrieval", seed=seed, hard=hard, loss=loss)
         got, want = measured((batch, e_RD))["t"], naive(batch, e_RD)
-        assert got.pop("temperature") == 0.05
+        assert got.pop("temperature") == settings.get("temperature", 0.05)
         assert got.pop("masked") == want.pop("masked")
-        assert 0 < min(want["accuracy"].values()) < 1 or not in_batch
+        if loss.margin is not None:
+            assert 0 < min(want["beyond_margin"].values()) < 1
         for name, by_width in want.items():
             assert got.pop(name) == pytest.approx(by_width, abs=1e-6), (name, seed)
         assert not got
@@ -147,7 +160,7 @@ def test_parts_of_one_task_are_one() -> None:
 
 
 def test_without_a_negative_there_is_no_accuracy() -> None:
-    batch, e_RD = made("retrieval", in_batch=False)
+    batch, e_RD = made("retrieval", loss=Loss(in_batch=False))
     batch.sides.hard_mask[:] = False
     found = measured((batch, e_RD))["t"]
     assert set(found["accuracy"].values()) == {None} == {found["masked"]}

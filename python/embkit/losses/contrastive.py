@@ -24,7 +24,7 @@ def contrastive(
 ) -> Outcome:
     """The loss of this process's rows, against the candidates of all ranks."""
     terms = loss.terms()
-    rows = replace(rows, sides=_keyed(rows.sides, loss.mask))
+    rows = replace(rows, sides=keyed(rows.sides, loss.mask))
     if loss.hard == "shared" and rows.hard is not None:
         rows = _shared(rows, share)
     options: dict[str, Any] = {"temperature": temperature, "dim_weights": dim_weights}
@@ -49,7 +49,7 @@ def contrastive(
     return Outcome(loss=value, per_dim=per_dim)
 
 
-def _keyed(sides: Sides, mask: str) -> Sides:
+def keyed(sides: Sides, mask: str) -> Sides:
     """The keys that a mask compares; a key of -1 equals nothing."""
     if mask == "keys":
         return sides

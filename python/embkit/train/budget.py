@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from embkit.train.parallel import Ranks
 
 FILE = "token_budget.json"
-# No memory to fill there. A step takes the same time from 2048 to 16384 (three layers of MiniLM, one
-# thread: 9.8 to 10.7 s of CPU for 17,471 tokens; 12.1 s with 1024).
+# No memory to fill there. A step takes the same time from 2048 to 16384 (three layers of MiniLM,
+# one thread: 9.8 to 10.7 s of CPU for 17,471 tokens; 12.1 s with 1024).
 CPU_TOKENS = 4096
 _STEPS = 8  # the answer is within an eighth of the largest
 _MARGIN = 0.1  # of the memory, left alone: fragments, and what other libraries take

@@ -2,9 +2,10 @@
 
 Every ``log_every`` steps, from the embeddings that the step has anyway. For pairs with negatives,
 by width: how often the positive is nearer to its query than every candidate is (accuracy), and the
-mean cosines of positives and of negatives; and the share of candidates that keys mask. Candidates
-are the other rows' passages, of all ranks, and own hard negatives. For graded pairs (STS): the mean
-cosine, and the share of comparisons (pairs of pairs with different scores) in the right order.
+mean cosines of positives and of negatives; and the share of candidates that keys mask, or of the
+others that a margin drops. Candidates are the other rows' passages, of all ranks, and own hard
+negatives. For graded pairs (STS): the mean cosine, and the share of comparisons (pairs of pairs
+with different scores) in the right order.
 
 Everything is a sum over rows: parts of a task and ranks add up to the numbers of one process.
 """
@@ -16,16 +17,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from embkit.losses.contrastive import keyed
+
 if TYPE_CHECKING:
-    from embkit.recipe import Train
+    from embkit.recipe import Loss, Train
     from embkit.train.batches import Batch
     from embkit.train.parallel import Ranks
 
 _BLOCK = {"cpu": 1 << 20, "cuda": 1 << 24}  # cosines of a width at a time
 _TINY = 1e-20
+_TIE = 1e-6  # a candidate as near as this is as near as the positive: a copy of it, say
 # Counts of a part, and then sums of each width.
 _COUNTS = ("rows", "compared", "candidates", "masked", "pairs", "ordered")
-_SUMS = ("right", "positive", "negative", "cosine", "concordant")
+_SUMS = ("right", "positive", "negative", "beyond", "cosine", "concordant")
 
 
 class _Sums:
@@ -85,12 +89,14 @@ def report(
 
     Args:
         sums: what :meth:`Statistics.take` gave. tasks: of the parts, in their order.
-        dims: MRL widths. config: temperature.
+        dims: MRL widths. config: temperatures and losses of the tasks.
     """
     by_task: dict[str, torch.Tensor] = {}
-    for task, part in zip(tasks, sums, strict=True):
+    losses: dict[str, Loss] = {}
+    for place, (task, part) in enumerate(zip(tasks, sums, strict=True)):
         by_task[task] = part + by_task[task] if task in by_task else part
-    return {task: _means(part.tolist(), dims, config) for task, part in by_task.items()}
+        losses.setdefault(task, config.loss_of(task, place))
+    return {t: _means(part.tolist(), dims, losses[t], config) for t, part in by_task.items()}
 
 
 def scalars(statistics: dict[str, Any]) -> dict[str, float]:
@@ -105,7 +111,7 @@ def scalars(statistics: dict[str, Any]) -> dict[str, float]:
     return {tag: value for tag, value in found.items() if value is not None}
 
 
-def _means(numbers: list[float], dims: Sequence[int], config: Train) -> dict[str, Any]:
+def _means(numbers: list[float], dims: Sequence[int], loss: Loss, config: Train) -> dict[str, Any]:
     count = dict(zip(_COUNTS, numbers, strict=False))
     sums: dict[str, list[float]] = {}
     for i, name in enumerate(_SUMS):
@@ -120,12 +126,15 @@ def _means(numbers: list[float], dims: Sequence[int], config: Train) -> dict[str
             "order": by_width("concordant", count["ordered"]),
             "cosine": by_width("cosine", count["pairs"]),
         }
+    left = count["candidates"] - count["masked"]
+    margin = loss.terms()["margin"] is not None
     return {
-        "temperature": config.temperature,
+        "temperature": config.temperature if loss.temperature is None else loss.temperature,
         "masked": _over(count["masked"], count["candidates"]),
         "accuracy": by_width("right", count["compared"]),
         "positive": by_width("positive", count["rows"]),
-        "negative": by_width("negative", count["candidates"] - count["masked"]),
+        "negative": by_width("negative", left),
+        **({"beyond_margin": by_width("beyond", left)} if margin else {}),
     }
 
 
@@ -135,11 +144,12 @@ def _over(total: float, count: float) -> float | None:
 
 def _contrasted(batch: Batch, e_RD: torch.Tensor, dims: Sequence[int]) -> torch.Tensor:
     """Sums of a batch with positives and negatives, float64 [n]."""
-    device, sides = e_RD.device, batch.sides
+    device, sides, terms = e_RD.device, keyed(batch.sides, batch.loss.mask), batch.loss.terms()
     q_BD, p_BD = (e_RD[index.to(device)] for index in (batch.query, batch.positive))
     key_B, query_B = sides.positive_key.to(device), sides.query_key.to(device)
     norm, positive_KB = _norms(q_BD, dims), torch.stack(_paired(q_BD, p_BD, dims))
     found, count = _Sums(len(dims), device), len(q_BD)
+    unit_KB = positive_KB.abs() if terms["margin_relative"] else torch.ones_like(positive_KB)
     best_KB = torch.full_like(positive_KB, -torch.inf)
     compared_B = torch.zeros(count, dtype=torch.bool, device=device)
 
@@ -155,24 +165,32 @@ def _contrasted(batch: Batch, e_RD: torch.Tensor, dims: Sequence[int]) -> torch.
             top = cosine.masked_fill(~left, -torch.inf).amax(1)
             best_KB[k, rows] = torch.maximum(best_KB[k, rows], top)
             found.of["negative"][k] += torch.where(left, cosine, 0).sum(dtype=torch.float64)
+            if terms["margin"] is not None:
+                limit = positive_KB[k, rows] + terms["margin"] * unit_KB[k, rows]
+                found.of["beyond"][k] += (left & (cosine > limit[:, None])).sum()
 
     for p_ND, key_N, query_N, there_N, start in _passages(batch, p_BD, key_B, query_B):
         theirs, places = _norms(p_ND, dims), torch.arange(len(p_ND), device=device)
         step = max(_BLOCK.get(device.type, _BLOCK["cpu"]) // len(p_ND), 1)
         for rows in (slice(at, at + step) for at in range(0, count, step)):
             at = torch.arange(count, device=device)[rows, None] + _start(batch) - start
-            same = (key_N == key_B[rows, None]) | (query_N == query_B[rows, None])
+            same = _same(key_N, key_B[rows]) | _same(query_N, query_B[rows])
             cosines = _cosines(q_BD[rows], p_ND, [n[rows] for n in norm], theirs, dims)
             meet(rows, cosines, there_N & (places != at), same)
     if batch.hard.shape[1]:
-        h_BHD, same = e_RD[batch.hard.to(device)], sides.hard_key.to(device) == key_B[:, None]
+        h_BHD, same = e_RD[batch.hard.to(device)], _same(sides.hard_key.to(device), key_B)
         whole = slice(0, count)
         meet(whole, _private(q_BD, h_BHD, norm, dims), sides.hard_mask.to(device), same)
     found.count["rows"] += count
     found.count["compared"] += compared_B.sum()
-    found.of["right"] += ((positive_KB > best_KB) & compared_B).sum(1)
+    found.of["right"] += ((positive_KB > best_KB + _TIE) & compared_B).sum(1)
     found.of["positive"] += positive_KB.sum(1, dtype=torch.float64)
     return found.flat()
+
+
+def _same(theirs: torch.Tensor, own_B: torch.Tensor) -> torch.Tensor:
+    """Whether keys [N] or [B, N] of candidates are a row's; -1 equals nothing."""
+    return (theirs == own_B[:, None]) & (theirs >= 0)
 
 
 def _start(batch: Batch) -> int:

@@ -29,13 +29,14 @@ import torch.distributed as dist
 from embkit.data import Store
 from embkit.errors import EmbkitError
 from embkit.model import Encoder
-from embkit.recipe import Part, Train
+from embkit.recipe import Loss, Part, Train
 from embkit.train.batches import Steps
 from embkit.train.optim import Optimizer
 from embkit.train.parallel import Ranks, open_ranks
 from embkit.train.profile import Clock, Profile
 from embkit.train.sharding import load_state, spread, whole, whole_state
 from embkit.train.step import Step
+from embkit.train.teachers import learn_temperature
 
 FULL = os.environ.get("EMBKIT_TEST_FULL") == "1"
 TIMEOUT = 4.0
@@ -62,12 +63,15 @@ def own_ranks(*counts: int) -> tuple[Part, ...]:
 RETRIEVAL: dict[str, Any] = {"tasks": {"retrieval": 1.0}}
 SHARD: dict[str, Any] = {**RETRIEVAL, "sharding": "shard"}
 EMA: dict[str, Any] = {"hard_negatives": 0, "ema": 0.5}
+LEARNED: dict[str, Any] = {"loss": Loss(form="gecko", learn_temperature=True)}
 # By name of the way: settings, the numbers of ranks it is run on, and those of a full test run.
 EVERY: dict[str, tuple[dict[str, Any], tuple[int, ...], tuple[int, ...]]] = {
     "retrieval": (RETRIEVAL, (1, 2, 4), ()),
     "mixed": (EMA, (1, 2), (4,)),
     "ring": ({**RETRIEVAL, "gather": "ring"}, (2, 4), ()),
     "nothing-kept": ({**RETRIEVAL, "graph_memory": 0.0}, (2,), ()),
+    "learned": ({**LEARNED, "parts": BALANCED}, (1,), (2,)),
+    "learned-apart": ({**LEARNED, "parts": own_ranks(1, 1)}, (2,), ()),
     "accumulate": ({"accumulate": 2}, (1, 2), ()),
     "accumulate-ring": ({"accumulate": 2, "gather": "ring"}, (), (2, 4)),
     "balanced": ({"parts": BALANCED}, (1, 2), (4,)),
@@ -92,6 +96,7 @@ def train(store: Store, model: Path, settings: dict[str, Any], ranks: Ranks) -> 
     """Losses of all steps, gradients of the first, weights and optimizer state after the last."""
     encoder = Encoder.from_pretrained(model).train()
     config = Train(**{**BASE, **settings})
+    learn_temperature(encoder, config)
     steps = Steps(store, config, ranks, layout="padded", pad_id=encoder.tokenizer.pad_id)
     weights = spread(encoder, config, ranks)
     optimizer = Optimizer(encoder, config)

@@ -493,7 +493,18 @@ def explain(source: Path | str, *, overrides: Sequence[str] = ()) -> str:
         for key, item in value.items():
             origin = _origin((section, key), table, file)
             lines.append(f"{key} = {json.dumps(item)}  # {origin}")
-    return "\n".join([*lines, "", "Who is a negative of whom:", candidates(resolved.finetune)])
+    kinds = {
+        name: recipes.RULES.get(task.convert.rule, task.kind)
+        for name, task in resolved.tasks.items()
+        if task.convert.on or task.kind != "auto"
+    }
+    lines += ["", "Who is a negative of whom:"]
+    for stage_name, config in (
+        ("prefinetune", resolved.prefinetune),
+        ("finetune", resolved.finetune),
+    ):
+        lines += [f"[{stage_name}]", candidates(config, kinds)]
+    return "\n".join(lines)
 
 
 def _origin(keys: tuple[str, ...], overrides: Mapping[str, Any], file: Mapping[str, Any]) -> str:

@@ -267,9 +267,6 @@ def test_settings_over_settings() -> None:
     ("settings", "says"),
     [
         ({"loss": {"form": "gemini"}}, "did you mean 'gemini-v"),
-        ({"loss": {"form": "conan"}}, "loss leaves hard negatives only, and hard_negatives is 0"),
-        ({"loss": {"hard": "shared"}}, "shares hard negatives, and hard_negatives is 0"),
-        ({"loss": {"distill_scores": 1.0}}, "compares scores of hard negatives"),
         ({"loss": {"distill": 1.0}}, "distils from a teacher, and there is none"),
         ({"teacher": "vectors"}, "no loss has a factor for it"),
         ({"loss": {"margin_rule": "relative"}}, "there is no margin"),
@@ -279,8 +276,8 @@ def test_settings_over_settings() -> None:
         ({"loss": {"dim_weights": {"wide": 1.0}}}, "no weight of a width"),
         ({"loss": {"spread_out": -1.0}}, "spread_out = -1.0 is out of range"),
         ({"losses": {"faq": {"frm": "gecko"}}}, "did you mean 'form'"),
-        ({"losses": {"faq": {"form": "conan"}}}, "losses.faq leaves hard negatives only"),
-        ({"parts": [{"loss": {"form": "conan"}}]}, "parts[0].loss leaves hard negatives only"),
+        ({"losses": {"faq": {"form": "conan", "symmetric": True}}}, "symmetric compares"),
+        ({"parts": [{"loss": {"spread_out": -1.0}}]}, "spread_out = -1.0 is out of range"),
     ],
 )
 def test_what_makes_no_sense_is_refused(settings: dict[str, Any], says: str) -> None:

@@ -14,7 +14,7 @@ from naive_batches import TaskData, dense
 
 from embkit.errors import CorruptError, UsageError
 from embkit.losses import Sides, compute, explain
-from embkit.recipe import Dynamic, Train
+from embkit.recipe import Dynamic, Loss, Part, Train
 
 DIMS = (12, 5)
 
@@ -201,14 +201,110 @@ def test_dense_keys() -> None:
     assert a.tolist() == [2, 0] and b.tolist() == [0, 1, 2] and a.dtype == np.int32
 
 
-def test_explain_names_the_numbers() -> None:
-    text = explain(Train(batch_size=64, hard_negatives=3, temperature=0.05, cosent_scale=15.0))
-    for word in ("0.05", "63 other rows", "3 hard negatives", "scale 15", "own class"):
-        assert word in text
-    assert "hard negatives, drawn" not in explain(Train())
-    moving = explain(Train(hard_negatives=3, dynamic=Dynamic(rule="conan-v1")))
+def test_explain_of_the_default() -> None:
+    want = """\
+retrieval: InfoNCE as gemini-v2, temperature 0.05, 64 rows of one task.
+  in the denominator of a query: its positive, the 63 other rows' positives and its own
+    3 hard negatives, drawn anew each epoch from those mined for it.
+  not there: the 63 other queries; other rows' hard negatives.
+  masked: what is in the near-duplicate cluster of its positive, and what comes from a
+    row whose query is in its own cluster.
+classification: InfoNCE as gemini-v2, temperature 0.05, 64 rows of one task.
+  positive of a text: another text of its class, drawn anew each epoch.
+  in the denominator of a query: its positive and the 63 other rows' positives.
+  not there: the 63 other queries.
+  masked: texts of its own class.
+sts: CoSENT, scale 15, 64 pairs of one task.
+  each pair is ranked against every pair of another gold score; no other negatives."""
+    config = Train(batch_size=64, hard_negatives=3, temperature=0.05, cosent_scale=15.0)
+    assert explain(config) == want
+    moving = dataclasses.replace(config, dynamic=Dynamic(rule="conan-v1"))
     words = "its own 3 hard negatives, a slice of those mined for it, which moves on by conan-v1"
-    assert words in " ".join(moving.split())
+    assert words in " ".join(explain(moving).split())
+
+
+FORM_TEXTS = {
+    "gemini-v1": """\
+  in the denominator of a query: the 3 other rows' positives and its own 2 hard
+    negatives, the first of those mined for it.
+  not there: its positive; the 3 other queries; other rows' hard negatives.
+  masked: what is in the near-duplicate cluster of its positive, and what comes from a
+    row whose query is in its own cluster.""",
+    "gecko": """\
+  in the denominator of a query: its positive, the 3 other rows' positives, the 3 other
+    queries and its own 2 hard negatives, the first of those mined for it.
+  not there: other rows' hard negatives.
+  masked: what is in the near-duplicate cluster of its positive, and what comes from a
+    row whose query is in its own cluster.""",
+    "conan": """\
+  in the denominator of a query: its positive and its own 2 hard negatives, the first of
+    those mined for it.
+  not there: the 3 other rows' positives; the 3 other queries; other rows' hard
+    negatives.
+  masked: what is in the near-duplicate cluster of its positive.""",
+    "qwen3": """\
+  in the denominator of a query: its positive, the 3 other rows' positives, the 3 other
+    queries and its own 2 hard negatives, the first of those mined for it.
+  also there: the cosines of its positive with the 3 other rows' positives.
+  not there: other rows' hard negatives.
+  masked: what is in the near-duplicate cluster of its positive, and what comes from a
+    row whose query is in its own cluster.
+  dropped, at each width: negatives with a cosine above its positive's plus 0.1.""",
+    "embedding-gemma": """\
+  in the denominator of a query: the 3 other rows' positives and its own 2 hard
+    negatives, the first of those mined for it.
+  not there: its positive; the 3 other queries; other rows' hard negatives.
+  masked: what is in the near-duplicate cluster of its positive, and what comes from a
+    row whose query is in its own cluster.
+  a hard negative with cosine s weighs exp(5 s).""",
+}
+
+
+@pytest.mark.parametrize("form", FORM_TEXTS)
+def test_explain_of_a_tasks_form(form: str) -> None:
+    config = Train(batch_size=4, hard_negatives=2, hard_rule="top", losses={"faq": {"form": form}})
+    head = f"faq (retrieval): InfoNCE as {form}, temperature 0.02, 4 rows of one task."
+    assert explain(config).partition(head + "\n")[2] == FORM_TEXTS[form]
+
+
+def test_explain_of_parts_and_of_what_is_added() -> None:
+    config = Train(
+        parts=(
+            Part(tasks={"faq": 1.0}, batch_size=4, hard_negatives=2, loss={"hard": "shared"}),
+            Part(tasks={"graded": 1.0}, batch_size=8, weight=0.8),
+        ),
+        loss=Loss(
+            spread_out=0.1, distill=2.0, distill_scores=0.5, symmetric=True, mask="positives",
+            margin=-0.05, margin_rule="relative", learn_temperature=True,
+            dim_weights={"64": 0.5}, dims_schedule="progressive",
+        ),
+        losses={"graded": {"distill_scores": 0.0}},
+        teacher="vectors",
+    )  # fmt: skip
+    want = """\
+part 0, weight 1: faq.
+  retrieval: InfoNCE as gemini-v2, temperature learned from 0.02 on, 4 rows of one task.
+    in the denominator of a query: its positive, the 3 other rows' positives and the 2
+      hard negatives of every row, drawn anew each epoch from those mined for it.
+    not there: the 3 other queries.
+    masked: what is in the near-duplicate cluster of its positive.
+    dropped, at each width: negatives with a cosine above 95 % of its positive's.
+    the mean of that and of the opposite direction, in the denominator of a positive: its
+      query and the 3 other queries.
+    widths: 64 x 0.5; the others x 1.
+    widths join one after another, the smallest first.
+    added: 0.1 x the mean squared cosine of different queries, and of different positives.
+    added: 2 x the cosine distance of queries, positives and hard negatives from the
+      teacher's vectors.
+    added: 0.5 x the divergence from the teacher's softmax over positive and own hard
+      negatives, its scores over 1.
+part 1, weight 0.8: graded.
+  graded (sts): CoSENT, scale 20, 8 pairs of one task.
+    each pair is ranked against every pair of another gold score; no other negatives.
+    widths: 64 x 0.5; the others x 1.
+    widths join one after another, the smallest first.
+    added: 2 x the cosine distance of both sides from the teacher's vectors."""
+    assert explain(config, {"faq": "retrieval", "graded": "sts"}) == want
 
 
 def test_bad_tables(table: Any) -> None:

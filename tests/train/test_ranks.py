@@ -57,6 +57,7 @@ def compare(got: Found, want: Found, *, loss: float = 1e-6, gradient: float = 1e
 # What one process must have given, by way.
 BASE = {
     "accumulate-ring": "accumulate",
+    "learned-apart": "learned",
     "balanced-apart-2": "balanced",
     "balanced-apart-4": "balanced",
     "ring": "retrieval",

@@ -11,7 +11,7 @@ import numpy as np
 
 from embkit import container
 from embkit.data.loader import Store, as_store
-from embkit.data.tables import Array
+from embkit.data.tables import Array, Examples
 from embkit.data.vectors import load_vectors
 from embkit.errors import UsageError
 from embkit.progress import bar
@@ -66,6 +66,40 @@ class Teacher:
             start = self._ends[i] - len(self._blocks[i])
             out[here] = self._blocks[i][rows[here].astype(np.int64) - start]
         return out
+
+
+class Scores:
+    """A teacher's scores of the pairs of a task, by the rows of query and passage.
+
+    From an examples table: ``score`` is that of the first positive, ``negative_score`` of the
+    negatives. A pair that the table has twice has its first score.
+
+    Args:
+        table: of a retrieval task. rows: of the store.
+    """
+
+    def __init__(self, table: Examples, rows: int) -> None:
+        self._rows = np.uint64(rows)
+        has = np.flatnonzero(np.diff(table.positive_offsets.astype(np.int64)) > 0)
+        first = table.positive[table.positive_offsets[has].astype(np.int64)]
+        counts = np.diff(table.negative_offsets.astype(np.int64))
+        keys = [
+            table.query[has] * self._rows + first,
+            np.repeat(table.query, counts) * self._rows + table.negative,
+        ]
+        score = np.concatenate([table.score[has], table.negative_score])
+        known = np.isfinite(score)
+        self._keys, at = np.unique(np.concatenate(keys)[known], return_index=True)
+        self._score = score[known][at]
+
+    def of(self, query: Array, passage: Array) -> Array:
+        """Scores float32 of pairs of store rows, of the shape of ``passage``; NaN where none is."""
+        keys = query * self._rows + passage
+        at = np.searchsorted(self._keys, keys).clip(max=max(len(self._keys) - 1, 0))
+        if not len(self._keys):
+            return np.full(keys.shape, np.nan, np.float32)
+        found = np.where(self._keys[at] == keys, self._score[at], np.nan)
+        return found.astype(np.float32)
 
 
 def teach(

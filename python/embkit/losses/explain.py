@@ -114,7 +114,9 @@ def _masked(kind: str, loss: Loss) -> str:
     if kind == "classification":
         return "masked: texts of its own class."
     found = "masked: what is in the near-duplicate cluster of its positive"
-    if loss.mask == "keys":
+    terms = loss.terms()
+    others = terms["in_batch"] or terms["same_tower"] or terms["doc_doc"]
+    if loss.mask == "keys" and others:
         found += ", and what comes from a row whose query is in its own cluster"
     return f"{found}."
 

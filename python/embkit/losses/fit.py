@@ -81,16 +81,8 @@ def _fits(
             where=f"task {name}",
             fix="weigh widths of the model",
         )
-    for setting in ("learn_temperature", "distill_scores"):
-        if getattr(loss, setting):
-            raise UsageError(
-                f"loss.{setting} is a loss of embkit.losses only; training does not feed it yet.",
-                where=f"task {name}",
-                fix=f"leave {setting} out",
-            )
-    if kind == "classification" and not (
-        terms["in_batch"] or terms["same_tower"] or terms["doc_doc"]
-    ):
+    others = terms["in_batch"] or terms["same_tower"] or terms["doc_doc"]
+    if kind == "classification" and not others:
         raise UsageError(
             f"Task {name!r} is a classification, whose negatives are other rows', and its loss "
             "takes none of them.",
@@ -98,8 +90,27 @@ def _fits(
             fix=f'set losses.{name} = {{ form = "gemini-v2" }}, or turn its records into queries '
             "with positives and negatives",
         )
+    hard = config.parts[part].hard_negatives if config.parts else config.hard_negatives
+    for asked, what in (
+        (not others, "leaves hard negatives only"),
+        (loss.hard == "shared", "shares hard negatives"),
+        (loss.distill_scores > 0, "compares scores of hard negatives"),
+    ):
+        if kind == "retrieval" and asked and hard == 0:
+            raise UsageError(
+                f"The loss of task {name!r} {what}, and hard_negatives is 0.",
+                where=f"losses.{name}",
+                fix="set hard_negatives, e.g. 4",
+            )
     if kind != "retrieval" or not loss.distill_scores:
         return
+    if config.prompt_dropout:
+        raise UsageError(
+            "distill_scores looks scores up by the rows of a text with its prompt, and "
+            "prompt_dropout takes others.",
+            where=f"losses.{name}",
+            fix="set prompt_dropout = 0, or distill_scores = 0",
+        )
     if mined:
         raise UsageError(
             "distill_scores compares a teacher's scores of positives and negatives, and mined "

@@ -290,26 +290,18 @@ class Train:
         over = {**over, **self.losses.get(task, {})}
         return build(Loss, {**plain(self.loss), **over}, f"losses.{task}") if over else self.loss
 
+    @property
+    def learns_temperature(self) -> bool:
+        """Whether a loss trains the temperature."""
+        return any(loss.learn_temperature for loss in self._all_losses())
+
+    def _all_losses(self) -> list[Loss]:
+        """The stage's and those of tasks with settings of their own, in every part."""
+        parts = range(max(len(self.parts), 1))
+        return [self.loss_of(task, i) for task in ("", *self.losses) for i in parts]
+
     def _check_losses(self) -> None:
-        batches = [(i, part.hard_negatives) for i, part in enumerate(self.parts)]
-        distils = False
-        for i, hard in batches or [(0, self.hard_negatives)]:
-            for task in ("", *self.losses):
-                loss = self.loss_of(task, i)
-                distils = distils or loss.distill > 0
-                name = f"losses.{task}" if task else f"parts[{i}].loss" if self.parts else "loss"
-                terms = loss.terms()
-                others = terms["in_batch"] or terms["same_tower"] or terms["doc_doc"]
-                for wanted, what in (
-                    (not others, "leaves hard negatives only"),
-                    (loss.hard == "shared", "shares hard negatives"),
-                    (loss.distill_scores > 0, "compares scores of hard negatives"),
-                ):
-                    require(
-                        not wanted or hard > 0,
-                        f"{name} {what}, and hard_negatives is 0.",
-                        "set hard_negatives, e.g. 4",
-                    )
+        distils = any(loss.distill > 0 for loss in self._all_losses())
         require(
             distils == bool(self.teacher),
             "A loss distils from a teacher, and there is none."
@@ -318,7 +310,7 @@ class Train:
             "give teacher and loss.distill, or neither",
         )
         require(
-            not self.loss.learn_temperature or self.sharding == "replicate",
+            not self.learns_temperature or self.sharding == "replicate",
             "A learned temperature needs whole weights on each rank.",
             'set sharding = "replicate", or loss.learn_temperature = false',
         )

@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from embkit.data.teacher import Teacher
 from embkit.errors import EmbkitError, Preempted, UsageError, nearest
 from embkit.losses import losses_fit
 from embkit.progress import Bar, bar
@@ -44,6 +43,7 @@ from embkit.train.signals import StopFlag
 from embkit.train.spike import Spikes
 from embkit.train.state import State, stage_of
 from embkit.train.step import Done, Step
+from embkit.train.teachers import Teachers, forget_temperature, learn_temperature
 from embkit.train.tensorboard import TensorBoard
 
 if TYPE_CHECKING:
@@ -247,20 +247,22 @@ class _Run:
                 where="steps",
                 fix=f'set steps = {end}, more epochs, or exhausted = "repeat"',
             )
-        teacher = Teacher(config.teacher, store) if config.teacher else None
+        tasks = [b.names for b in self.steps.distinct]
+        teachers = Teachers(config, store, tasks)
         losses_fit(
-            config, encoder.dims, store, [b.names for b in self.steps.distinct],
-            teacher_width=teacher.width if teacher else None, mined=negatives is not None,
+            config, encoder.dims, store, tasks, teacher_width=teachers.width,
+            mined=negatives is not None,
             ranks=ranks.world,
         )  # fmt: skip
         self.adopt_sides()
         init_sha256 = sha256_tensors(encoder.state_dict())
         checks.same_start(ranks, init_sha256)
+        learn_temperature(encoder, config)
         weights = spread(encoder, config, ranks)
         self.optimizer = Optimizer(encoder, config)
         self.step = Step(
             encoder, config, self.optimizer, ranks=ranks, weights=weights, parts=self.steps.count,
-            scored=self.steps.sizes if config.dynamic.on else (), teacher=teacher,
+            scored=self.steps.sizes if config.dynamic.on else (), teachers=teachers,
         )  # fmt: skip
         self.sharded = weights.sharded
         self.profile = Profile()
@@ -287,6 +289,7 @@ class _Run:
             self.optimizer.adopt_average()
         if self.sharded:
             self.encoder = self._in_one_piece(whole_state(self.encoder))
+        forget_temperature(self.encoder)
         self.encoder.finish()
         return self.encoder
 

@@ -23,10 +23,10 @@ from embkit.train.optim import Optimizer, learning_rate
 from embkit.train.parallel import Ranks
 from embkit.train.sharding import Replicas, Shards
 from embkit.train.statistics import Statistics
+from embkit.train.teachers import Teachers, add_temperature_gradient, temperature_of
 
 if TYPE_CHECKING:
     from embkit.data.tables import Array
-    from embkit.data.teacher import Teacher
     from embkit.model import Encoder
     from embkit.recipe import Train
     from embkit.train.batches import Batch, MicroBatch
@@ -51,7 +51,7 @@ class Done:
         skipped: fp16 overflowed: no update, and the next step has half the scale.
         statistics: of the similarities, as :mod:`embkit.train.statistics` sums them, in some steps.
         more: for the log: ``parts``, their losses before they are weighted, when there are several;
-            ``loss_scale`` of fp16.
+            ``loss_scale`` of fp16; a learned ``temperature`` after the update.
     """
 
     loss: float
@@ -76,7 +76,7 @@ class Step:
             spread`; copies by default.
         parts: of a step, on all ranks together.
         scored: rows of each part's global batch, when the scores of hard negatives are to be taken.
-        teacher: of losses that distil.
+        teachers: of losses that distil.
     """
 
     def __init__(
@@ -89,10 +89,11 @@ class Step:
         weights: Replicas | Shards | None = None,
         parts: int = 1,
         scored: Sequence[int] = (),
-        teacher: Teacher | None = None,
+        teachers: Teachers | None = None,
     ) -> None:
         self.encoder, self.config, self.optimizer, self.parts = encoder, config, optimizer, parts
-        self.ranks, self.teacher = ranks or Ranks(), teacher
+        self.ranks = ranks or Ranks()
+        self._teachers = teachers or Teachers(config, None)
         ends = [0, *accumulate(scored)]
         self._scored = [slice(a, b) for a, b in pairwise(ends)]
         self._score_count = ends[-1]
@@ -157,6 +158,9 @@ class Step:
             more["parts"] = [{"loss": one[0], "loss_per_dim": one[1:]} for one in each]
         if self.optimizer.scaled:
             more["loss_scale"] = scale
+        learned = temperature_of(self.encoder)
+        if learned is not None:
+            more["temperature"] = float(learned)
         clock.lap("optimizer")
         return Done(
             loss=totals[0],
@@ -194,10 +198,10 @@ class Step:
         e_RD = chunks.forward()
         clock.lap("forward")
         out, gradient = value_and_grad(
-            e_RD, batch.query, batch.positive, batch.hard, batch.sides,
+            e_RD, batch.query, batch.positive, batch.hard, self._teachers.sides(batch),
             dims=self.encoder.dims, config=self.config, share=batch.share, step=batch.step,
-            loss=batch.loss,
-            teacher=None if self.teacher is None else self._vectors(batch),
+            loss=batch.loss, teacher=self._teachers.vectors(batch, e_RD.device),
+            temperature=temperature_of(self.encoder, batch),
         )  # fmt: skip
         factor = batch.weight * self.optimizer.scale
         if factor != 1:
@@ -206,14 +210,9 @@ class Step:
         self._statistics.add(batch, e_RD)
         clock.lap("other")
         chunks.backward(gradient, before_last=self.weights.arm if last else None)
+        add_temperature_gradient(self.encoder, out, factor)
         clock.lap("backward")
         return e_RD, out.loss, out.per_dim
-
-    def _vectors(self, batch: Batch) -> torch.Tensor:
-        """The teacher's, of the rows that were embedded."""
-        assert self.teacher is not None
-        found = torch.from_numpy(self.teacher.rows(batch.filled.rows))
-        return found.to(self.encoder.device, non_blocking=True)
 
     def _forward(self, micro: MicroBatch) -> torch.Tensor:
         return micro.embed(self._model)

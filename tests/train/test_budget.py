@@ -123,7 +123,8 @@ def test_room_is_left_for_what_a_step_needs_beside_it(
         budget.probe(Train(graph_memory=9 * one[0] / 2**30), encoder, 20)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 def test_on_a_gpu(make_encoder: Callable[..., Encoder]) -> None:
     """A limit that the driver knows nothing of: trials run out of memory, and it is found."""
     encoder, device = make_encoder().to("cuda").train(), torch.device("cuda")
@@ -136,6 +137,20 @@ def test_on_a_gpu(make_encoder: Callable[..., Encoder]) -> None:
             budget.trial(encoder, 2 * found, 32)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def test_a_trial_is_a_step_in_training(make_encoder: Callable[..., Encoder]) -> None:
+    """Dropout keeps its masks, recomputed blocks nothing, whatever mode the encoder is in."""
+    used = {}
+    for name, settings in (
+        ("plain", {}), ("dropout", {"dropout": 0.1}), ("again", {"gradient_checkpointing": True}),
+    ):  # fmt: skip
+        for training in (False, True):
+            encoder = make_encoder(**settings).train(training)
+            with limited(1 << 40) as one:
+                budget.trial(encoder, 400, 20)
+            assert used.setdefault(name, one[0]) == one[0] and encoder.training == training
+    assert used["dropout"] > used["plain"] > used["again"]
 
 
 class StopAt(Callback):

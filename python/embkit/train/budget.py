@@ -38,8 +38,8 @@ def settled(config: Train, encoder: Encoder, longest: int, *, folder: Path, rank
     """The token budget of a run: the recipe's, or the one that was found. Every rank calls this.
 
     Args:
-        config: with ``token_budget = 0`` for one to be found. encoder: on its device, in training
-            mode; left as it was.
+        config: with ``token_budget = 0`` for one to be found. encoder: on its device; left as it
+            was.
         longest: tokens of the longest row. folder: the run's partial directory.
         ranks: of the run; the least of their budgets is that of all.
 
@@ -93,7 +93,8 @@ def trial(
     packed: bool = False,
     around: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> None:
-    """Forward and backward of a micro-batch of ``tokens``, rows of ``longest``; leaves no trace.
+    """Forward and backward of a micro-batch of ``tokens``, rows of ``longest``, in training mode
+    (dropout keeps masks, blocks may be recomputed); leaves no trace.
 
     Raises:
         torch.OutOfMemoryError: there is no room for it.
@@ -110,12 +111,15 @@ def trial(
         micro = MicroBatch(
             ids=ids, prompt_len=prompt, longest=longest, mask=torch.ones_like(ids)
         )  # fmt: skip
+    was = encoder.training
     with random_state_kept():
         try:
+            encoder.train()
             with torch.enable_grad(), around():
                 e_BD = micro.embed(encoder)
             torch.autograd.backward(e_BD, torch.zeros_like(e_BD))
         finally:
+            encoder.train(was)
             for parameter in encoder.parameters():
                 parameter.grad = None
 

@@ -294,6 +294,8 @@ def mine(
     fresh: Fresh = False,
 ) -> None:
     """Find hard negatives with a model: search, then rules that are counted."""
+    from embkit import pipeline
+    from embkit.data import Store
     from embkit.mine import audit_table
     from embkit.mine import explain as explain_query
     from embkit.mine import mine as mine_negatives
@@ -305,7 +307,7 @@ def mine(
         chosen, limit = _settings(settings, set_), _bytes(memory)
         mine_negatives(
             models, store, out=out, rules=chosen.mine, embeddings=embeddings, memory=limit,
-            fresh=fresh,
+            tasks=pipeline.mined_tasks(chosen, Store(store)), fresh=fresh,
         )  # fmt: skip
         print(audit_table(json.loads((out / "report.json").read_text("utf-8"))))
     if explain_ is not None:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from embkit import recipe as recipes
 from embkit.errors import CorruptError, UsageError, nearest
-from embkit.recipe import Recipe, Train
+from embkit.recipe import Recipe, Task, Train
 
 if TYPE_CHECKING:
     import torch
@@ -127,7 +127,12 @@ class _Run:
         self._stage("mine", "hard negatives, with the model of the stage before")
         from embkit.mine import mine
 
-        mined = self._by_first(lambda: mine(pre, store, out=out / "mined", rules=recipe.mine))
+        wanted = mined_tasks(recipe, store)
+        mined = None
+        if wanted:
+            mined = self._by_first(
+                lambda: mine(pre, store, out=out / "mined", rules=recipe.mine, tasks=wanted)
+            )
 
         runs = self._runs(pre, store, mined)
         self._stage("finetune", f"{len(runs)} runs on single-task batches")
@@ -367,6 +372,16 @@ def kinds_of(records: Records) -> dict[str, str]:
     return {task["name"]: task["kind"] for task in records.manifest["tasks"]}
 
 
+def mined_tasks(recipe: Recipe, store: Store) -> list[str]:
+    """The retrieval tasks of a store whose hard negatives are mined; the others have their own."""
+    kinds = {name: store.task(name)["kind"] for name in store.task_names}
+    return [
+        name
+        for name, kind in kinds.items()
+        if kind == "retrieval" and recipe.tasks.get(name, Task()).mined
+    ]
+
+
 def dedup_options(recipe: Recipe) -> dict[str, Any]:
     """Keyword arguments of :func:`embkit.data.dedup`."""
     return dict(recipes.to_table(recipe)["dedup"])
@@ -414,11 +429,15 @@ def miner(recipe: Recipe, store: Path) -> Miner:
         word for key, value in options.items() for word in ("--set", f"mine.{key}={_toml(value)}")
     ]
 
+    given = {name: {"negatives": "given"} for name, task in recipe.tasks.items() if not task.mined}
+    if given:
+        settings += ["--set", f"tasks={_toml(given)}"]
+
     def command(model: Path, out: Path) -> list[str]:
         words = [sys.executable, "-m", "embkit", "mine", str(model), str(store)]
         return [*words, "--out", str(out), "--recipe", "quickstart", *settings]
 
-    return Miner(command=command, params=options)
+    return Miner(command=command, params={**options, **({"given": sorted(given)} if given else {})})
 
 
 def start_encoder(recipe: Recipe, store: Store, *, model: str | None = None) -> Encoder:

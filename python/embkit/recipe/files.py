@@ -36,17 +36,47 @@ def load(source: Path | str, *, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def read_table(source: Path | str) -> dict[str, Any]:
-    """The TOML table of a recipe file or built-in name, unchecked."""
+    """The TOML table of a recipe file or built-in name, unchecked.
+
+    With ``extends = "NAME"`` (a built-in recipe, or a file beside this one) it is laid over that
+    recipe's: tables key by key, anything else in the place of what was there.
+
+    Raises:
+        UsageError: not TOML, or recipes that extend each other in a circle.
+        FileNotFoundError: no such recipe.
+    """
+    return _read_table(source, ())
+
+
+def _read_table(source: Path | str, over: tuple[Path, ...]) -> dict[str, Any]:
     path = builtin().get(str(source)) or Path(source)
     if not path.is_file():
         known = ", ".join(builtin())
         raise FileNotFoundError(2, f"No such recipe file; built-in recipes: {known}", str(path))
+    if path in over:
+        raise UsageError("The recipe extends itself.", where=path, fix="break the circle")
     try:
-        return tomllib.loads(path.read_text("utf-8"))
+        table = tomllib.loads(path.read_text("utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(
             f"The recipe is not valid TOML: {error}", where=path, fix="correct that line"
         ) from error
+    base = table.pop("extends", None)
+    if base is None:
+        return table
+    if not isinstance(base, str):
+        raise UsageError(f"extends = {base!r} names no recipe.", where=path)
+    found = base if base in builtin() else path.parent / base
+    return _laid_over(_read_table(found, (*over, path)), table)
+
+
+def _laid_over(below: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    out = dict(below)
+    for key, value in above.items():
+        old = out.get(key)
+        both = isinstance(old, dict) and isinstance(value, dict)
+        out[key] = _laid_over(old, value) if both else value  # type: ignore[arg-type]
+    return out
 
 
 def from_table(table: Mapping[str, Any], *, where: str = "recipe") -> Recipe:

@@ -62,7 +62,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return build(hint, value, where)
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is types.UnionType:
-        if value == "off" and args[0] is not str:
+        if value == "off":  # also of a path: a file of that name is "./off"
             return None
         return _convert(args[0], value, where)
     if origin is tuple and isinstance(value, (list, tuple)):

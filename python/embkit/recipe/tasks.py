@@ -27,6 +27,9 @@ RULES = {
 }
 
 
+_WITH_NEGATIVES = ("classes", "label-names", "pairs", "nli", "reranking")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Conversion:
     """How the rows of a labelled set become training examples (docs/conversions.md).
@@ -83,6 +86,8 @@ class Task:
         prompt_query, prompt_passage: the prompts themselves instead; of sts and classification
             prompt_query stands before all texts.
         convert: how its rows become examples.
+        negatives: of a retrieval task, "mined", or those "given" with its rows; "auto" is given
+            where a conversion has made them.
     """
 
     kind: str = "auto"
@@ -92,8 +97,10 @@ class Task:
     prompt_query: str | None = None
     prompt_passage: str | None = None
     convert: Conversion = field(default_factory=Conversion)
+    negatives: str = "auto"
 
     def __post_init__(self) -> None:
+        one_of("tasks: negatives", self.negatives, ("auto", "mined", "given"))
         one_of("tasks: kind", self.kind, ("auto", *KINDS))
         if self.format is not None:
             one_of("tasks: format", self.format, tuple(FORMATS))
@@ -102,6 +109,13 @@ class Task:
             made is None or self.kind in ("auto", made),
             f"tasks: kind = {self.kind!r}, and convert.rule = {self.convert.rule!r} makes {made}.",
             "leave kind out",
+        )
+
+    @property
+    def mined(self) -> bool:
+        """Whether its hard negatives are mined."""
+        return self.negatives == "mined" or (
+            self.negatives == "auto" and self.convert.rule not in _WITH_NEGATIVES
         )
 
     def prompts(self, kind: str, tokenizer: Tokenizer) -> dict[str, str]:

@@ -153,6 +153,9 @@ def test_the_small_forms_change_sizes_and_nothing_of_the_method() -> None:
     }  # fmt: skip
     for name in PAPERS:
         paper, small = (recipe.to_table(recipe.load(n)) for n in (name, f"{name}-small"))
+        for table in (paper, small):  # how many random negatives a class's text has is a size
+            for task in table["tasks"].values():
+                task["convert"].pop("negatives", None)
         for section, value in paper.items():
             if not isinstance(value, dict):
                 continue

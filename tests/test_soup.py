@@ -17,7 +17,7 @@ from embkit.errors import CorruptError, UsageError
 from embkit.evaluate import judge
 from embkit.model import Encoder
 from embkit.recipe import Model
-from embkit.soup import check_compatible, merge, soup
+from embkit.soup import check_compatible, merge, slerp, soup
 
 TEXTS = ["a text editor", "plays music", "a library for images", "mail", ""]
 
@@ -210,3 +210,29 @@ def test_missing_and_unfinished_runs(runs: list[Path], tmp_path: Path, dev: Path
     with pytest.raises(UsageError, match="weights go with"):
         soup(runs[:1], out=tmp_path / "x", select="best", on=dev, weights=[1])
     assert not (tmp_path / "x").exists()
+
+
+def test_slerp_of_vectors() -> None:
+    """The published example, the ends of the arc, and what has no arc."""
+    a, b = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 2.0])
+    assert slerp(a, b, 0.5).tolist() == pytest.approx([0.707107, 1.414214], abs=1e-6)
+    assert torch.equal(slerp(a, b, 0.0), a)
+    assert slerp(a, b, 1.0).tolist() == pytest.approx(b.tolist(), abs=1e-12)
+    third = slerp(a, b / 2, 1 / 3)  # of unit vectors: a third of the angle, and of unit length
+    assert third.tolist() == pytest.approx([np.cos(np.pi / 6), np.sin(np.pi / 6)])
+    for other in (3 * a, -a, torch.zeros(2)):
+        assert torch.equal(slerp(a, other, 0.25), torch.lerp(a, other, 0.25))
+
+
+def test_slerp_folds_the_runs_in_with_equal_weight(runs: list[Path], tmp_path: Path) -> None:
+    soup(runs, out=tmp_path / "s", select="slerp")
+    parts = [weights(run / "model") for run in runs]
+    for name, got in weights(tmp_path / "s" / "model").items():
+        want = torch.from_numpy(parts[0][name])
+        for k, part in enumerate(parts[1:], 2):
+            want = slerp(want, torch.from_numpy(part[name]), 1 / k)
+        np.testing.assert_allclose(got, want.numpy(), rtol=1e-6, atol=1e-7, err_msg=name)
+    report = json.loads((tmp_path / "s" / "report.json").read_text())
+    assert report["kept"] == [run.name for run in runs]
+    alone = soup(runs[:1], out=tmp_path / "one", select="slerp")
+    assert alone.digest() == Encoder.from_pretrained(runs[0] / "model").digest()

@@ -384,7 +384,7 @@ def soup(
     runs: Annotated[list[Path], typer.Argument(help="Training runs or model directories.")],
     out: Out,
     on: Annotated[Path | None, typer.Option("--on", help="Dev sets that judge a soup.")] = None,
-    select: Annotated[str, typer.Option("--select", help="greedy or uniform.")] = "greedy",
+    select: Annotated[str, typer.Option("--select", help="greedy, uniform or slerp.")] = "greedy",
 ) -> None:
     """Average the weights of several runs."""
     from embkit.soup import soup as make_soup

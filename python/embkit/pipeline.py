@@ -50,7 +50,7 @@ _OUTPUTS = {
     "mine": ("mined",),
     "mix": ("mix",),
     "finetune": ("ft-*",),
-    "soup": ("soup", "uniform"),
+    "soup": ("soup", "uniform", "slerp"),
     "evaluate": ("scores",),
     "export": ("model",),
 }
@@ -162,6 +162,8 @@ class _Run:
             "uniform": soup(tuned, out=out / "uniform", select="uniform"),
             "greedy": soup(tuned, out=out / "soup", select="greedy", on=self.data / "dev"),
         }
+        if recipe.soup.select == "slerp":
+            soups["slerp"] = soup(tuned, out=out / "slerp", select="slerp")
 
         self._stage("evaluate", "every width from one encode")
         models = {"start" if recipe.model.path else "untrained": start, "pre-finetuned": pre}

@@ -7,6 +7,7 @@ one tensor of the sum and one of an ingredient at a time, however many runs ther
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import struct
@@ -25,7 +26,8 @@ if TYPE_CHECKING:
 
     from embkit.model import Encoder
 
-SELECT = ("greedy", "uniform", "best")
+ALL = ("uniform", "slerp")  # what takes every run
+SELECT = ("greedy", *ALL, "best")
 _SAME = ("config.json", "embkit.json", "modules.json", "tokenizer.json")
 
 
@@ -46,9 +48,10 @@ def soup(
     Args:
         runs: training run or model directories (or objects with a ``path``), all from one start.
         out: the directory to publish: ``model/`` and ``report.json``.
-        select: ``"greedy"``, ``"uniform"`` (all of them) or ``"best"`` (one run, no average).
-        on: split folder that judges; never the test split. Greedy and best need it, uniform's
-            score is reported when it is given.
+        select: ``"greedy"``, ``"uniform"`` (all of them), ``"slerp"`` (all, on the arc between
+            them, tensor by tensor and run by run) or ``"best"`` (one run, no average).
+        on: split folder that judges; never the test split. Greedy and best need it, the score of
+            the others is reported when it is given.
         weights: for uniform, a weight per run in place of equal ones; divided by their sum.
         fresh: do it again even when it is done.
 
@@ -63,7 +66,7 @@ def soup(
 
     if select not in SELECT:
         raise UsageError(f"Unknown select {select!r}; {nearest(select, SELECT)}")
-    if select != "uniform" and on is None:
+    if select not in ALL and on is None:
         raise UsageError(f"select={select!r} needs sets to judge on.", fix="give on=DEV_FOLDER")
     models = [model_of(run) for run in runs]
     if not models:
@@ -112,6 +115,9 @@ def _choose(
             kept, score = [order[0]], singles[order[0]]
             if select == "uniform":
                 kept, score = everyone, uniform
+            elif select == "slerp":
+                merge(models, trial, weights=share, how="slerp")
+                kept, score = everyone, _judge(trial, on)
             elif select == "greedy":
                 for i in order[1:]:
                     merge([models[j] for j in [*kept, i]], trial)
@@ -122,8 +128,9 @@ def _choose(
                         kept, score = [*kept, i], tried
                     progress.advance(best=score)
         shutil.rmtree(trial, ignore_errors=True)
-    final_weights = share if select == "uniform" else [1 / len(kept)] * len(kept)
-    merge([models[i] for i in kept], final, weights=final_weights)
+    final_weights = share if select in ALL else [1 / len(kept)] * len(kept)
+    how = "slerp" if select == "slerp" else "mean"
+    merge([models[i] for i in kept], final, weights=final_weights, how=how)
     _seal(final)
     report["kept"] = [names[i] for i in kept]
     report["weights"] = final_weights
@@ -154,13 +161,21 @@ def _seal(model: Path) -> None:
 # ---------------------------------------------------------------- merging
 
 
-def merge(models: Sequence[Path], out: Path, *, weights: Sequence[float] | None = None) -> Path:
+def merge(
+    models: Sequence[Path],
+    out: Path,
+    *,
+    weights: Sequence[float] | None = None,
+    how: str = "mean",
+) -> Path:
     """Write the weighted average of model directories, one tensor at a time.
 
     Args:
         models: directories of the same layout; files other than weights come from the first.
         out: replaced when it exists.
         weights: one per model, equal by default; divided by their sum.
+        how: ``"mean"``, or ``"slerp"``, which takes weight w of the k-th model as the place
+            w / (w_1 + ... + w_k) on the arc from what the models before it gave.
 
     Raises:
         UsageError: tensors differ in name, shape or dtype, or integer tensors in value.
@@ -173,7 +188,7 @@ def merge(models: Sequence[Path], out: Path, *, weights: Sequence[float] | None 
         target = out / name
         target.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix == ".safetensors":
-            _merge_file([m / name for m in models], target, share)
+            _merge_file([m / name for m in models], target, share, how)
         elif path.name == "embkit.json" and len(models) > 1:  # its digest is of other weights
             content = json.loads(path.read_text(encoding="utf-8"))
             _write_json(target, {k: v for k, v in content.items() if k != "digest"})
@@ -182,7 +197,7 @@ def merge(models: Sequence[Path], out: Path, *, weights: Sequence[float] | None 
     return out
 
 
-def _merge_file(paths: list[Path], out: Path, share: list[float]) -> None:
+def _merge_file(paths: list[Path], out: Path, share: list[float], how: str) -> None:
     from safetensors import safe_open
 
     with ExitStack() as stack:
@@ -200,7 +215,7 @@ def _merge_file(paths: list[Path], out: Path, share: list[float]) -> None:
             target.write(header)
             for name in order:
                 tensors = (file.get_tensor(name) for file in files)
-                target.write(_bytes(_average(name, tensors, share, paths)))
+                target.write(_bytes(_average(name, tensors, share, paths, how)))
             target.flush()
             os.fsync(target.fileno())
 
@@ -215,11 +230,13 @@ def _header(path: Path) -> tuple[bytes, list[str]]:
     return struct.pack("<Q", length) + raw, order
 
 
-def _average(name: str, tensors: Any, share: list[float], paths: list[Path]) -> torch.Tensor:
+def _average(
+    name: str, tensors: Any, share: list[float], paths: list[Path], how: str
+) -> torch.Tensor:
     """Weighted mean of one tensor over the models, summed in fp32, in the first one's dtype."""
     import torch
 
-    first, total = None, None
+    first, total, before = None, None, 0.0
     for tensor, weight, path in zip(tensors, share, paths, strict=True):
         if first is None:
             first = tensor
@@ -227,7 +244,8 @@ def _average(name: str, tensors: Any, share: list[float], paths: list[Path]) -> 
                 total = tensor
                 continue
             wide = torch.float64 if tensor.dtype == torch.float64 else torch.float32
-            total = tensor.to(wide) * weight
+            total = tensor.to(wide) * (weight if how == "mean" else 1.0)
+            before = weight
             continue
         if tensor.shape != first.shape or tensor.dtype != first.dtype:
             raise UsageError(
@@ -240,9 +258,32 @@ def _average(name: str, tensors: Any, share: list[float], paths: list[Path]) -> 
             if not torch.equal(tensor, first):
                 raise UsageError(f"The integer tensor {name!r} differs between runs.", where=path)
             continue
-        total.add_(tensor.to(total.dtype), alpha=weight)  # type: ignore[union-attr]
+        assert total is not None
+        if how == "mean":
+            total.add_(tensor.to(total.dtype), alpha=weight)
+        elif before + weight > 0:
+            before += weight
+            total = slerp(total, tensor.to(total.dtype), weight / before)
     assert first is not None and total is not None
     return total.to(first.dtype)
+
+
+def slerp(a: torch.Tensor, b: torch.Tensor, t: float) -> torch.Tensor:
+    """The place ``t`` of the arc from ``a`` to ``b``, each taken as one vector.
+
+    sin((1 - t) w) / sin(w) a + sin(t w) / sin(w) b, w the angle between them; a straight line where
+    they are almost parallel, opposite, or one is zero.
+    """
+    import torch
+
+    x, y = a.double().reshape(-1), b.double().reshape(-1)
+    lengths = float(x.norm() * y.norm())
+    cosine = float(x @ y) / lengths if lengths > 0 else 1.0
+    if abs(cosine) > 1 - 1e-9:
+        return torch.lerp(a, b, t)
+    angle = math.acos(cosine)
+    wa, wb = (math.sin(u * angle) / math.sin(angle) for u in (1 - t, t))
+    return a * wa + b * wb
 
 
 def _bytes(tensor: torch.Tensor) -> Any:
@@ -327,8 +368,8 @@ def _name(model: Path) -> str:
 def _weights(weights: Sequence[float] | None, n: int, select: str) -> list[float]:
     if weights is None:
         return [1 / n] * n
-    if select != "uniform":
-        raise UsageError("weights go with select='uniform'.")
+    if select not in ALL:
+        raise UsageError("weights go with select='uniform' and 'slerp'.")
     if len(weights) != n or min(weights) < 0 or sum(weights) <= 0:
         raise UsageError(
             f"{len(weights)} weights for {n} runs, or a negative one.", fix="one weight per run"

@@ -17,12 +17,12 @@ from embkit.recipe.train import Train
 
 @dataclass(frozen=True, kw_only=True)
 class Soup:
-    """How fine-tuned runs are merged: greedy or uniform, judged on the dev sets."""
+    """How fine-tuned runs are merged: greedy, uniform or slerp, judged on the dev sets."""
 
     select: str = "greedy"
 
     def __post_init__(self) -> None:
-        one_of("soup.select", self.select, ("greedy", "uniform"))
+        one_of("soup.select", self.select, ("greedy", "uniform", "slerp"))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,11 +30,13 @@ class Task:
         name: unique; draws depend on it, not on the order of the tasks.
         examples: number of usable examples.
         weight: share of the steps, any scale.
+        batch_size: examples of one of its batches; 0 for the plan's.
     """
 
     name: str
     examples: int
     weight: float
+    batch_size: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,10 +86,10 @@ class Plan:
                 fix="give each task a weight of 0 or more, and at least one above 0",
             )
         for t in self.tasks:
-            if t.weight > 0 and t.examples < batch_size:
+            if t.weight > 0 and t.examples < (t.batch_size or batch_size):
                 raise UsageError(
                     f"Task {t.name!r} has {t.examples} usable examples, fewer than a batch of "
-                    f"{batch_size}.",
+                    f"{t.batch_size or batch_size}.",
                     where=f"task {t.name}",
                     fix=f"set batch_size to {t.examples} or less, or give the task weight 0",
                 )
@@ -97,7 +99,11 @@ class Plan:
 
     def batches_per_epoch(self, task: int) -> int:
         """Whole batches in one pass over a task."""
-        return self.tasks[task].examples // self.batch_size
+        return self.tasks[task].examples // self.size(task)
+
+    def size(self, task: int) -> int:
+        """Examples of a batch of a task."""
+        return self.tasks[task].batch_size or self.batch_size
 
     def task_of(self, step: int) -> tuple[int, int]:
         """The task of a step, and how many batches of that task come before it."""
@@ -119,7 +125,7 @@ class Plan:
         t = self.tasks[task]
         epoch, place = divmod(ordinal, self.batches_per_epoch(task))
         key = key_of(self.seed, "rows", t.name, epoch)
-        examples = permute(t.examples, key, place * self.batch_size, self.batch_size)
+        examples = permute(t.examples, key, place * self.size(task), self.size(task))
         return Part(step=step, task=task, ordinal=ordinal, epoch=epoch, examples=examples)
 
     @functools.lru_cache(maxsize=4)  # noqa: B019 - a plan lives as long as its run

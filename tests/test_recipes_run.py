@@ -60,7 +60,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def tiny(name: str, *more: str) -> Recipe:
-    parts = [PARTS] if name.removesuffix("-small") == "conan" else []
+    sized = "finetune.batch_sizes={sts = 20}"
+    parts = [PARTS if name.removesuffix("-small") == "conan" else sized]
     scratch = SCRATCH if name.endswith("-small") else ()
     return recipe.load(name, overrides=[*TINY, *scratch, *parts, *more])
 
@@ -145,7 +146,7 @@ def test_the_small_forms_change_sizes_and_nothing_of_the_method() -> None:
         "prefinetune": {"steps", "batch_size", "lr", "temperature", "weight_decay"},
         "finetune": {
             "steps", "batch_size", "lr", "temperature", "cosent_scale", "weight_decay",
-            "hard_negatives", "parts", "dynamic",
+            "hard_negatives", "parts", "dynamic", "batch_sizes",
         },
         "mine": {"k", "candidates", "rerank_candidates"},
         "mix": {"candidates", "initial", "steps", "alone", "keep"},

@@ -403,6 +403,7 @@ class Plan:
             it leaves the mixture, and the plan ends with the last task. ``"stop"``: the plan ends
             with the last block for which every task has batches.
         epochs: for ``"drop"`` and ``"stop"``.
+        batch_sizes: of single tasks, in the place of ``batch_size``.
 
     Raises UsageError: no task of weight, a task smaller than a batch, a share below 1 in 4,096.
     """
@@ -414,6 +415,7 @@ class Plan:
         batch_size: int,
         exhausted: str = "repeat",
         epochs: int = 1,
+        batch_sizes: Sequence[tuple[str, int]] = ...,
     ) -> Plan: ...
     @property
     def steps(self) -> int | None:
@@ -442,7 +444,8 @@ class Loader:
     Args:
         store: an open store.
         tasks: ``(name, kind, examples file, negatives file or None, weight)``.
-        seed, batch_size, exhausted, epochs: as for :class:`Plan`; the seed is of all draws too.
+        seed, batch_size, exhausted, epochs, batch_sizes: as for :class:`Plan`; the seed is of all
+            draws too.
         token_budget: tokens of a micro-batch (with padding when ``padded``).
         hard: hard negatives per retrieval example. hard_rule: ``"sample"`` (without replacement,
             anew each epoch) or ``"top"`` (the first of the list).
@@ -471,6 +474,7 @@ class Loader:
         prompt_dropout: float = 0.0,
         exhausted: str = "repeat",
         epochs: int = 1,
+        batch_sizes: Sequence[tuple[str, int]] = ...,
     ) -> Loader: ...
     @property
     def plan(self) -> Plan:

@@ -31,6 +31,7 @@ from embkit.train import Callback, loop
 SETTINGS: dict[str, Any] = {
     "steps": 10, "batch_size": 14, "token_budget": 60, "temperature": 0.05, "lr": 1e-3,
     "warmup_ratio": 0.0, "checkpoint_every": 3, "tasks": {"retrieval": 3.0, "sts": 1.0},
+    "batch_sizes": {"sts": 9},
 }  # fmt: skip
 
 

@@ -32,13 +32,19 @@ def tokens_of(store: Store, row: int) -> list[int]:
     return out.tolist()
 
 
-def naive(store: Store, seed: int, step: int) -> tuple[str, naive_batches.Sides]:
-    """The global batch of a step by the references."""
+def naive(
+    store: Store, seed: int, step: int, own: dict[str, int] | None = None
+) -> tuple[str, naive_batches.Sides]:
+    """The global batch of a step by the references; ``own`` are sizes of single tasks' batches."""
     data = [naive_batches.TaskData.of(table) for table in store.tasks().values()]
     sizes = store.task_sizes
     named = [
-        naive_plan.Task(name=t.name, examples=len(t), weight=float(sizes[t.name])) for t in data
-    ]
+        naive_plan.Task(
+            name=t.name, examples=len(t), weight=float(sizes[t.name]),
+            batch_size=(own or {}).get(t.name, 0),
+        )
+        for t in data
+    ]  # fmt: skip
     part = naive_plan.Plan(seed=seed, tasks=named, batch_size=13)(step)
     task = data[part.task]
     sides = task.sides(part.examples, seed=seed, epoch=part.epoch, hard=2, store=store)
@@ -50,6 +56,36 @@ def same_partition(a: np.ndarray, b: np.ndarray) -> bool:
     return (
         len({*zip(a.tolist(), b.tolist(), strict=True)}) == len({*a.tolist()}) == len({*b.tolist()})
     )
+
+
+def test_tasks_have_batches_of_their_own_size(make_store: Callable[..., Store]) -> None:
+    store, own = make_store(3, 70, copies=3), {"sts": 30, "topics": 5}
+    for rules in ({}, {"no_duplicates": True}):
+        batches = Batches(store, layout="padded", batch_sizes=own, **{**SETTINGS, **rules})
+        size = {}
+        for step in range(25):
+            batch = batches.batch(step)
+            name, sides = naive(store, 5, step, own)
+            size.setdefault(batch.task, set()).add(len(batch.examples))
+            if not rules:
+                assert batch.task == name
+                assert np.array_equal(batch.rows[batch["query"]], sides.query)
+            # Two ranks have it between them, ceil and floor.
+            parts = [
+                Batches(
+                    store, layout="padded", batch_sizes=own, rank=r, world_size=2,
+                    **{**SETTINGS, **rules},
+                ).batch(step)
+                for r in range(2)
+            ]  # fmt: skip
+            assert sorted(np.concatenate([p["position"] for p in parts]).tolist()) == list(
+                range(len(batch.examples))
+            )
+        assert size == {"retrieval": {13}, "sts": {30}, "topics": {5}}
+    with pytest.raises(UsageError, match="did you mean 'topics'"):
+        Batches(store, batch_sizes={"topic": 3}, **SETTINGS)
+    with pytest.raises(UsageError, match="fewer than a batch of 80"):
+        Batches(store, batch_sizes={"sts": 80}, **SETTINGS)
 
 
 @pytest.mark.parametrize("layout", ["padded", "packed"])

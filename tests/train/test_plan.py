@@ -41,12 +41,16 @@ def test_permutation_equals_its_numpy_twin(n: int, key: int) -> None:
     st.lists(st.tuples(st.integers(8, 500), st.floats(0.05, 5)), min_size=1, max_size=5),
     st.integers(-(2**63), 2**63 - 1),
     st.lists(st.integers(0, 2000), min_size=1, max_size=8),
+    st.dictionaries(st.sampled_from(["t0", "t1", "t3"]), st.integers(1, 8)),
 )
 def test_plan_equals_its_numpy_twin(
-    sizes: list[tuple[int, float]], seed: int, steps: list[int]
+    sizes: list[tuple[int, float]], seed: int, steps: list[int], own: dict[str, int]
 ) -> None:
-    ours = _rust.Plan(seed, tasks(*sizes), 8)
-    named = [naive_plan.Task(name=n, examples=m, weight=w) for n, m, w in tasks(*sizes)]
+    ours = _rust.Plan(seed, tasks(*sizes), 8, batch_sizes=list(own.items()))
+    named = [
+        naive_plan.Task(name=n, examples=m, weight=w, batch_size=own.get(n, 0))
+        for n, m, w in tasks(*sizes)
+    ]
     twin = naive_plan.Plan(seed=seed, tasks=named, batch_size=8)
     assert ours.counts == twin.counts.tolist() and ours.steps is None
     for step in steps:

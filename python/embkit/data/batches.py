@@ -25,7 +25,7 @@ from embkit import _rust
 from embkit.data.loader import Store, as_store
 from embkit.data.mixture import weights_for
 from embkit.data.tables import Array, Examples
-from embkit.errors import UsageError
+from embkit.errors import UsageError, nearest
 
 LAYOUTS = ("padded", "packed")
 _MATRICES = ("hard", "hard_key", "hard_mask")
@@ -141,7 +141,8 @@ class Batches:
 
     Args:
         store: a Store or its directory.
-        batch_size: examples of a global batch, all of one task.
+        batch_size: examples of a global batch, all of one task. batch_sizes: of single tasks
+            instead, by name.
         seed: of the order and of every draw.
         weights: share of the steps by task; None takes every task by its size, see
             :func:`embkit.data.mixture.weights_for`. Tasks of weight 0 are not opened.
@@ -172,6 +173,7 @@ class Batches:
         store: Store | Path | str,
         *,
         batch_size: int,
+        batch_sizes: Mapping[str, int] | None = None,
         seed: int = 0,
         weights: Mapping[str, float] | None = None,
         temperature: float = 1.0,
@@ -216,6 +218,15 @@ class Batches:
             "exhausted": exhausted,
             "epochs": epochs,
         }
+        if batch_sizes:
+            for name in batch_sizes:
+                if name not in sizes:
+                    raise UsageError(
+                        f"batch_sizes names task {name!r}, which the store does not have.",
+                        where="batch_sizes",
+                        fix=nearest(name, sizes),
+                    )
+            self._settings["batch_sizes"] = list(batch_sizes.items())
         if prompt_dropout and not self.store.has_plain_rows:
             raise UsageError(
                 "The store has no rows without prompts, which prompt_dropout takes.",

@@ -96,7 +96,7 @@ class Train:
 
     Attributes:
         steps: optimizer steps.
-        batch_size: rows of a global batch.
+        batch_size: rows of a global batch. batch_sizes: of single tasks instead, by name.
         temperature: of InfoNCE; cosines are divided by it.
         lr: peak learning rate of AdamW. warmup_ratio: share of the steps that warm up linearly;
             warmup_steps: their number instead, unless 0.
@@ -155,6 +155,7 @@ class Train:
 
     steps: int = 1000
     batch_size: int = 256
+    batch_sizes: Mapping[str, int] = field(default_factory=dict)
     temperature: float = 0.02
     lr: float = 5e-4
     warmup_ratio: float = 0.1
@@ -325,6 +326,16 @@ class Train:
             not (self.accumulate > 1 and (self.dynamic.on or self.refresh_every)),
             "accumulate, and hard negatives that change (dynamic, refresh_every).",
             "leave one out: a larger batch_size needs no more memory (graph_memory)",
+        )
+        require(
+            not (self.parts and self.batch_sizes),
+            "parts have a batch_size each, and batch_sizes are of single tasks.",
+            "leave batch_sizes out, or parts",
+        )
+        require(
+            all(size > 0 for size in self.batch_sizes.values()),
+            f"batch_sizes = {dict(self.batch_sizes)}: one is not positive.",
+            "give whole numbers from 1",
         )
         shares = [part.ranks for part in self.parts]
         require(

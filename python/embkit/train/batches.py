@@ -141,6 +141,7 @@ class _Stream:
 
     batches: Batches
     about: dict[str, Any]
+    share: Callable[[str], Share | None]  # of a task's batches
     start: int = 0
     stride: int = 1
 
@@ -154,7 +155,7 @@ class Steps:
 
     Attributes:
         several: whether a step has more than one part.
-        sizes: rows of each part's global batch.
+        sizes: rows of each part's global batch, the most where its tasks have different ones.
         examples, skipped: of all parts, as in :class:`embkit.data.Batches`.
 
     Raises:
@@ -171,7 +172,8 @@ class Steps:
             if ranks.world == 1:
                 own = None  # one process takes the parts in turn: the same sum
         sizes = [part.batch_size for part in parts] or [config.batch_size]
-        for i, size in enumerate(sizes):
+        least = sizes if parts else [min([*sizes, *config.batch_sizes.values()])]
+        for i, size in enumerate(least):
             if own in (None, i) and size < team.world:
                 raise UsageError(
                     f"A batch of {size} rows is fewer than {team.world} ranks.",
@@ -193,9 +195,14 @@ class Steps:
             **options,
         }
 
+        shares: dict[int, Share] = {}
+
         def share(size: int) -> Share | None:
-            ring = config.gather == "ring"
-            return None if ranks.world == 1 else Share(team, size, ring=ring)
+            if ranks.world == 1:
+                return None
+            if size not in shares:
+                shares[size] = Share(team, size, ring=config.gather == "ring")
+            return shares[size]
 
         self._all: list[_Stream] = []
         if parts:
@@ -208,18 +215,28 @@ class Steps:
                 about = {
                     "weight": part.weight,
                     "place": i,
-                    "share": share(part.batch_size),
                 }
-                self._all.append(_Stream(batches=made, about=about))
+                size = part.batch_size
+                self._all.append(
+                    _Stream(batches=made, about=about, share=lambda _, n=size: share(n))
+                )
         else:
             made = Batches(
                 store, batch_size=config.batch_size, weights=config.tasks,
-                hard_negatives=config.hard_negatives, **settings,
+                batch_sizes=config.batch_sizes, hard_negatives=config.hard_negatives, **settings,
             )  # fmt: skip
+
+            def of_task(task: str) -> Share | None:
+                return share(config.batch_sizes.get(task, config.batch_size))
+
             count = config.accumulate
             for i in range(count):
-                about = {"weight": 1 / count, "place": i, "share": share(config.batch_size)}
-                self._all.append(_Stream(batches=made, about=about, start=i, stride=count))
+                about = {"weight": 1 / count, "place": i}
+                self._all.append(
+                    _Stream(batches=made, about=about, share=of_task, start=i, stride=count)
+                )
+            used = {config.batch_sizes.get(name, config.batch_size) for name in made.names}
+            sizes = [max(used)]
         self.count = len(self._all)
         self._own = [s for i, s in enumerate(self._all) if own in (None, i)]
         self._stride = self._all[0].stride
@@ -297,6 +314,7 @@ class Steps:
                         one,
                         device,
                         step=one.step // s.stride,
+                        share=s.share(one.task),
                         **s.about,
                         loss=self._loss_of(one.task, s.about["place"]),
                     )

@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 
 # Settings that are newer than the others: not among a run's as long as they change nothing, so that
 # runs begun before go on.
-_LATER = ("prompt_dropout", "projection_lr_scale", "layer_lr_decay")
+_LATER = ("prompt_dropout", "projection_lr_scale", "layer_lr_decay", "batch_sizes")
 _DEFAULTS = Train()
 # Settings that change what is seen or how fast, not one bit of the model.
 REFRESH = "refresh"  # folder of a run that is gone when it is published

@@ -125,7 +125,8 @@ class Negatives:
             slices = self._slices(source, number)
             source.slices = {k: v for k, v in source.slices.items() if k >= number}
             _, examples = slices.loader.examples(step)
-            found = slices.observe(step, examples, scores[self._sources.index(source)])
+            scored = scores[self._sources.index(source)][: len(examples)]
+            found = slices.observe(step, examples, scored)
             counts |= {source.label + name: count for name, count in found.items()}
         out: dict[str, Any] = {"negatives": counts} if counts else {}
         if step in self._swaps:

@@ -32,6 +32,11 @@ fn exhausted(word: &str, epochs: u64) -> embkit_core::Result<Exhausted> {
     }
 }
 
+/// The batch size of a task: its own, or that of all.
+fn size_of(own: &[(String, u64)], name: &str, all: u64) -> u64 {
+    own.iter().find(|(n, _)| n == name).map_or(all, |(_, size)| *size)
+}
+
 /// `(task, ordinal, epoch, place)`.
 type Part = (usize, u64, u64, u64);
 
@@ -42,7 +47,7 @@ fn part(p: plan::Part) -> Part {
 #[pymethods]
 impl Plan {
     #[new]
-    #[pyo3(signature = (seed, tasks, batch_size, exhausted="repeat", epochs=1))]
+    #[pyo3(signature = (seed, tasks, batch_size, exhausted="repeat", epochs=1, batch_sizes=vec![]))]
     fn new(
         py: Python,
         seed: i64,
@@ -50,12 +55,15 @@ impl Plan {
         batch_size: u64,
         exhausted: &str,
         epochs: u64,
+        batch_sizes: Vec<(String, u64)>,
     ) -> PyResult<Plan> {
         short(py, || {
             let rule = self::exhausted(exhausted, epochs)?;
-            let task = |(name, examples, weight)| plan::Task { name, examples, weight };
-            let tasks = tasks.into_iter().map(task).collect();
-            Ok(Plan { inner: plan::Plan::new(seed, tasks, batch_size, rule)? })
+            let tasks = tasks.into_iter().map(|(name, examples, weight)| {
+                let batch_size = size_of(&batch_sizes, &name, batch_size);
+                plan::Task { name, examples, weight, batch_size }
+            });
+            Ok(Plan { inner: plan::Plan::new(seed, tasks.collect(), rule)? })
         })
     }
 
@@ -108,7 +116,8 @@ impl Loader {
     #[new]
     #[pyo3(signature = (
         store, tasks, *, seed, batch_size, token_budget, hard=0, hard_rule="sample", padded=false,
-        pad_id=0, no_duplicates=false, prompt_dropout=0.0, exhausted="repeat", epochs=1
+        pad_id=0, no_duplicates=false, prompt_dropout=0.0, exhausted="repeat", epochs=1,
+        batch_sizes=vec![]
     ))]
     #[allow(clippy::too_many_arguments)] // keyword arguments of one call
     fn new(
@@ -126,6 +135,7 @@ impl Loader {
         prompt_dropout: f64,
         exhausted: &str,
         epochs: u64,
+        batch_sizes: Vec<(String, u64)>,
     ) -> PyResult<Loader> {
         let store = store.inner.clone();
         short(py, || {
@@ -141,7 +151,6 @@ impl Loader {
             };
             let settings = Settings {
                 seed,
-                batch_size,
                 hard,
                 hard_rule,
                 token_budget,
@@ -159,7 +168,8 @@ impl Loader {
                             "Use 'retrieval', 'sts' or 'classification'",
                         )
                     })?;
-                    Ok(TaskFiles { name, kind, examples, negatives, weight })
+                    let batch_size = size_of(&batch_sizes, &name, batch_size);
+                    Ok(TaskFiles { name, kind, examples, negatives, weight, batch_size })
                 })
                 .collect::<embkit_core::Result<_>>()?;
             let inner = Arc::new(batch::Loader::open(store, &tasks, settings)?);

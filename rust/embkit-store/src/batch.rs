@@ -41,8 +41,6 @@ pub enum HardRule {
 pub struct Settings {
     /// Of the order and of every draw.
     pub seed: i64,
-    /// Examples of a global batch.
-    pub batch_size: u64,
     /// Hard negatives per example of a retrieval task.
     pub hard: usize,
     /// Which ones.
@@ -161,9 +159,10 @@ impl Loader {
             name: t.name.clone(),
             examples: t.examples(),
             weight: f.weight,
+            batch_size: f.batch_size,
         };
         let planned = tables.iter().zip(tasks).map(|(t, f)| known(t, f)).collect();
-        let plan = Plan::new(settings.seed, planned, settings.batch_size, settings.exhausted)?;
+        let plan = Plan::new(settings.seed, planned, settings.exhausted)?;
         let arranged = tables.iter().map(|_| Mutex::new(Vec::new())).collect();
         Ok(Self { store, tables, plan, settings, arranged })
     }
@@ -225,13 +224,14 @@ impl Loader {
         world: usize,
         starts: Option<&[u64]>,
     ) -> Result<Batch> {
-        if rank >= world || world as u64 > self.settings.batch_size {
+        let part = self.plan.part(step)?;
+        let size = self.plan.batch_size(part.task);
+        if rank >= world || world as u64 > size {
             return Err(Error::usage(
-                format!("rank {rank} of {world} for a batch of {}", self.settings.batch_size),
+                format!("rank {rank} of {world} for a batch of {size}"),
                 "Use ranks from 0, and no more of them than examples in a batch",
             ));
         }
-        let part = self.plan.part(step)?;
         let table = self.table(part.task)?;
         let sides = self.sides(table, &part, starts)?;
         let (query_key, positive_key, hard_key) = self.keys(table, &sides)?;
@@ -304,7 +304,7 @@ impl Loader {
         cache.insert(0, block.clone());
         cache.truncate(2);
         drop(cache);
-        let size = self.settings.batch_size as usize;
+        let size = self.plan.batch_size(part.task) as usize;
         let start = (part.place % SUPERBLOCK) as usize * size;
         Ok(block.examples.get(start..start + size).unwrap_or_default().to_vec())
     }
@@ -313,7 +313,7 @@ impl Loader {
     fn superblock(&self, table: &Table, part: &Part, number: u64) -> Result<Vec<u64>> {
         let per_epoch = self.plan.batches_per_epoch(part.task);
         let batches = (per_epoch - (number * SUPERBLOCK).min(per_epoch)).min(SUPERBLOCK);
-        let size = self.settings.batch_size;
+        let size = self.plan.batch_size(part.task);
         let start = number * SUPERBLOCK * size;
         let examples = self.plan.range(part.task, part.epoch, start, batches * size);
         let key = self.plan.key("positive", part.task, part.epoch);

@@ -31,6 +31,8 @@ pub struct Task {
     pub examples: u64,
     /// Share of the steps, any scale; a task of weight 0 never comes.
     pub weight: f64,
+    /// Examples of one of its batches.
+    pub batch_size: u64,
 }
 
 /// What happens to a task whose epochs are used up.
@@ -78,18 +80,17 @@ struct Segment {
 pub struct Plan {
     seed: i64,
     tasks: Vec<Task>,
-    batch_size: u64,
     segments: Vec<Segment>,
     steps: Option<u64>,
 }
 
 impl Plan {
-    /// A plan over `tasks` with `batch_size` examples a step.
+    /// A plan over `tasks`, one batch of one task a step.
     ///
     /// Errors: `Usage` for no task of weight, a negative weight, a task smaller than a batch, a
     /// share below one in 4,096 steps, or [`Exhausted::Stop`] that leaves no whole block.
-    pub fn new(seed: i64, tasks: Vec<Task>, batch_size: u64, exhausted: Exhausted) -> Result<Self> {
-        if batch_size == 0 {
+    pub fn new(seed: i64, tasks: Vec<Task>, exhausted: Exhausted) -> Result<Self> {
+        if tasks.iter().any(|t| t.batch_size == 0) {
             return Err(Error::usage("batch_size is 0", "Give a whole number from 1"));
         }
         let total: f64 = tasks.iter().map(|t| t.weight).sum();
@@ -102,16 +103,16 @@ impl Plan {
                 "Give each task a weight of 0 or more, and at least one above 0",
             ));
         }
-        if let Some(t) = tasks.iter().find(|t| t.weight > 0.0 && t.examples < batch_size) {
+        if let Some(t) = tasks.iter().find(|t| t.weight > 0.0 && t.examples < t.batch_size) {
             return Err(Error::usage(
                 format!(
-                    "task '{}' has {} usable examples, fewer than a batch of {batch_size}",
-                    t.name, t.examples
+                    "task '{}' has {} usable examples, fewer than a batch of {}",
+                    t.name, t.examples, t.batch_size
                 ),
                 format!("Set batch_size to {} or less, or give the task weight 0", t.examples),
             ));
         }
-        let mut plan = Self { seed, tasks, batch_size, segments: Vec::new(), steps: None };
+        let mut plan = Self { seed, tasks, segments: Vec::new(), steps: None };
         plan.lay_out(exhausted)?;
         Ok(plan)
     }
@@ -122,7 +123,7 @@ impl Plan {
             Exhausted::Repeat => u64::MAX,
             Exhausted::Drop(epochs) | Exhausted::Stop(epochs) => epochs,
         };
-        let whole = |t: &Task| (t.examples / self.batch_size).saturating_mul(epochs);
+        let whole = |t: &Task| (t.examples / t.batch_size).saturating_mul(epochs);
         let mut left: Vec<u64> =
             self.tasks.iter().map(|t| if t.weight > 0.0 { whole(t) } else { 0 }).collect();
         let (mut step, mut block) = (0, 0);
@@ -186,9 +187,9 @@ impl Plan {
         &self.tasks
     }
 
-    /// Examples of a step.
-    pub fn batch_size(&self) -> u64 {
-        self.batch_size
+    /// Examples of a batch of a task; 0 for a task that is not there.
+    pub fn batch_size(&self, task: usize) -> u64 {
+        self.tasks.get(task).map_or(0, |t| t.batch_size)
     }
 
     /// Seed of the order.
@@ -208,7 +209,7 @@ impl Plan {
 
     /// Whole batches in one pass over a task.
     pub fn batches_per_epoch(&self, task: usize) -> u64 {
-        self.tasks.get(task).map_or(0, |t| t.examples / self.batch_size)
+        self.tasks.get(task).map_or(0, |t| t.examples / t.batch_size)
     }
 
     /// The batch of a step; costs the same for any step.
@@ -248,7 +249,8 @@ impl Plan {
 
     /// The examples of a part in the order of the permutation.
     pub fn examples(&self, part: &Part) -> Vec<u64> {
-        self.range(part.task, part.epoch, part.place * self.batch_size, self.batch_size)
+        let size = self.batch_size(part.task);
+        self.range(part.task, part.epoch, part.place * size, size)
     }
 
     /// `count` examples of a task's epoch from position `start` of its permutation on.

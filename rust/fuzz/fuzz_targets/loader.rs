@@ -30,10 +30,10 @@ fuzz_target!(|input: &[u8]| {
         examples: path.clone(),
         negatives: (flags & 64 != 0).then_some(path),
         weight: 1.0,
+        batch_size: 2,
     };
     let settings = Settings {
         seed: 1,
-        batch_size: 2,
         hard: usize::from(flags >> 2 & 3),
         hard_rule: if flags & 16 == 0 { HardRule::Sample } else { HardRule::Top },
         token_budget: 16,

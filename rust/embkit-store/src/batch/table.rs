@@ -35,6 +35,8 @@ pub struct TaskFiles {
     pub negatives: Option<PathBuf>,
     /// Share of the steps, any scale.
     pub weight: f64,
+    /// Examples of one of its global batches.
+    pub batch_size: u64,
 }
 
 /// An open example table.

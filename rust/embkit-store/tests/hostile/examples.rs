@@ -113,7 +113,6 @@ fn odd(rng: &mut Rng, parts: &mut Parts) {
 fn train(store: &Arc<Store>, task: &TaskFiles, rng: u64, buffer: &mut [u8]) -> Result<(), Error> {
     let settings = Settings {
         seed: 7,
-        batch_size: 1 + rng % 3,
         hard: (rng >> 8) as usize % 3,
         hard_rule: if rng >> 16 & 1 == 0 { HardRule::Sample } else { HardRule::Top },
         token_budget: 40,
@@ -122,10 +121,11 @@ fn train(store: &Arc<Store>, task: &TaskFiles, rng: u64, buffer: &mut [u8]) -> R
         prompt_dropout: (rng >> 19 & 3) as f64 / 3.0,
         exhausted: Exhausted::Drop(1),
     };
-    let loader = Loader::open(store.clone(), std::slice::from_ref(task), settings)?;
+    let task = TaskFiles { batch_size: 1 + rng % 3, ..task.clone() };
+    let loader = Loader::open(store.clone(), std::slice::from_ref(&task), settings)?;
     let steps = loader.plan().steps().unwrap_or(0);
     for step in 0..steps {
-        for (rank, world) in [(0, 1), (0, settings.batch_size as usize)] {
+        for (rank, world) in [(0, 1), (0, task.batch_size as usize)] {
             let batch = loader.batch(step, rank, world, None)?;
             let form = Form { wide: rng >> 19 & 1 == 0, padded: settings.padded, pad_id: 0 };
             let (_, bytes) = batch.layout(form);
@@ -208,6 +208,7 @@ fn fuzz_examples() {
             examples: path.clone(),
             negatives: with_mined.then(|| mined.clone()),
             weight: 1.0,
+            batch_size: 1,
         };
         let sizes = fs::read_dir(dir.path()).unwrap().map(|e| e.unwrap().metadata().unwrap().len());
         let input = (sizes.sum::<u64>() as usize).max(4096);

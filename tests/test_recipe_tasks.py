@@ -150,6 +150,19 @@ def test_rows_have_the_prompts_of_their_tasks(trained: tuple[Any, Encoder, Path]
             assert out[: bounds[1]].tolist() == tokens(before + store.text(row)), (task, side)
 
 
+def test_a_prompt_without_room_for_a_text_is_refused(
+    trained: tuple[Any, Encoder, Path], tmp_path: Path
+) -> None:
+    records = tmp_path / "rec"
+    for options, says in (
+        ({"prompts": {"query": GECKO}, "max_length_query": 6}, "max_length is 6"),
+        ({"task_prompts": {"qa": {"passage": TITLE}}, "max_length_passage": 5}, "role passage"),
+    ):
+        with pytest.raises(UsageError, match=f"(?s)takes .*{says}"):
+            data.tokenize(records, out=tmp_path / "no", vocab_size=300, **options)
+        assert not (tmp_path / "no").exists()
+
+
 def test_training_evaluation_and_export_take_the_prompts_along(
     trained: tuple[Any, Encoder, Path],
 ) -> None:

@@ -9,7 +9,7 @@ Forms with the same prompt share one row, so without prompts every text is one r
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -118,6 +118,7 @@ def _run(records: Records, given: Any, params: dict[str, Any], work: Any, backen
     rows = plan_rows(tables, len(texts), params["prompts"], task_prompts=named, plain=plain)
     source = _sources(tables, len(texts))
     longest = max(params["max_length"].values())
+    _check_room(rows.row_of, tokenizer_json, {**params["max_length"], "either": longest})
     limits = [params["max_length"]["query"], params["max_length"]["passage"], longest]
     with bar("Tokenize", total=len(rows.text), unit="rows") as progress:
         done = _rust.tokenize(
@@ -266,6 +267,22 @@ def _check_task_prompts(given: Mapping[str, Mapping[str, str]], records: Records
                     f"task_prompts.{task} has {side!r}, and the task is {kinds[task]}.",
                     fix=f"its texts are {' and '.join(known)}",
                 )
+
+
+def _check_room(uses: Iterable[Use], tokenizer_json: str, limits: Mapping[str, int]) -> None:
+    """Refuse a prompt that leaves no token for the text behind it."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_str(tokenizer_json)
+    tokenizer.no_truncation()
+    for role, prompt in uses:
+        taken = len(tokenizer.encode(prompt).ids)
+        if prompt and taken >= limits[role]:
+            raise UsageError(
+                f"The prompt {prompt!r} takes {taken} tokens, and max_length is {limits[role]}.",
+                where=f"texts of role {role}",
+                fix="raise max_length_query or max_length_passage, or shorten the prompt",
+            )
 
 
 def _sources(tables: Mapping[str, Examples], texts: int) -> Array:

@@ -204,6 +204,9 @@ class Steps:
                 shares[size] = Share(team, size, ring=config.gather == "ring")
             return shares[size]
 
+        def sized(size: int) -> Callable[[str], Share | None]:
+            return lambda task: share(size)
+
         self._all: list[_Stream] = []
         if parts:
             for i, part in enumerate(parts):
@@ -216,10 +219,7 @@ class Steps:
                     "weight": part.weight,
                     "place": i,
                 }
-                size = part.batch_size
-                self._all.append(
-                    _Stream(batches=made, about=about, share=lambda _, n=size: share(n))
-                )
+                self._all.append(_Stream(batches=made, about=about, share=sized(part.batch_size)))
         else:
             made = Batches(
                 store, batch_size=config.batch_size, weights=config.tasks,

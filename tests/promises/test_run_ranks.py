@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,8 @@ from small import TINY
 
 from embkit import recipe
 
-pytestmark = pytest.mark.promise
-
 FULL = os.environ.get("EMBKIT_TEST_FULL") == "1"
+pytestmark = [pytest.mark.promise, pytest.mark.timeout(1000 if FULL else 300)]
 SHORT = ("runs=[{seed = 0}]", "evaluate.bm25=false")
 
 
@@ -33,7 +34,7 @@ def out(recipe_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("ranks")
     done = subprocess.run(
         [sys.executable, str(Path(__file__).with_name("run_ranks.py")), str(out), str(recipe_file)],
-        capture_output=True, text=True, timeout=300, check=False,
+        capture_output=True, text=True, timeout=900 if FULL else 290, check=False,
         env={**os.environ, "OMP_NUM_THREADS": "1", "EMBKIT_PROGRESS": "plain"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
@@ -85,3 +86,55 @@ def test_a_run_on_two_ranks_is_that_of_one(out: Path) -> None:
 def test_a_killed_run_of_two_ranks_resumes_bit_for_bit(out: Path) -> None:
     for name in ("pre/log.jsonl", "ft-0/log.jsonl", "ft-0/model/model.safetensors", "result.json"):
         assert (out / "two" / name).read_bytes() == (out / "whole" / name).read_bytes(), name
+
+
+@pytest.mark.skipif(not FULL, reason="full test run")
+@pytest.mark.timeout(1200)
+def test_torchrun_of_the_commands(out: Path, recipe_file: Path, tmp_path: Path) -> None:
+    """A run whose worker is killed in its fine-tuning, and again; each training stage by itself."""
+    words = ["run", str(recipe_file), "--out", str(tmp_path / "run")]
+    lost = torchrun(words)
+    try:
+        until = time.monotonic() + 300
+        while time.monotonic() < until and lost.poll() is None:
+            if any(p.read_bytes() for p in tmp_path.glob("run/.partial-ft-0-*/log.jsonl")):
+                break
+            time.sleep(0.02)
+        children = Path(f"/proc/{lost.pid}/task/{lost.pid}/children").read_text().split()
+        os.kill(int(children[-1]), signal.SIGKILL)
+        said = lost.communicate(timeout=120)[0]
+    finally:
+        lost.kill()
+    assert lost.returncode == 1, said[-3000:]
+    assert (tmp_path / "run/pre/manifest.json").is_file()
+    assert not (tmp_path / "run/ft-0").exists()
+    finish(words)
+    compare(out / "one", tmp_path / "run")
+
+    one, settings = out / "one", ["--recipe", str(recipe_file)]
+    finish(["prefinetune", str(one / "store"), "--out", str(tmp_path / "pre"), *settings])
+    options = ["--negatives", str(one / "mined"), "--out", str(tmp_path / "ft-0"), *settings]
+    finish(["finetune", str(one / "pre"), str(one / "store"), *options])
+    for name in ("pre", "ft-0"):
+        want, got = log(one, name), log(tmp_path, name)
+        assert [x["loss"] for x in got] == pytest.approx([x["loss"] for x in want], rel=1e-4)
+
+
+def torchrun(words: list[str]) -> subprocess.Popen[str]:
+    """`embkit` in two processes."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+         "-m", "embkit", *words],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+
+
+def finish(words: list[str]) -> None:
+    process = torchrun(words)
+    try:
+        said = process.communicate(timeout=400)[0]
+    finally:
+        process.kill()
+    assert process.returncode == 0, said[-3000:]
+    assert said.count("  wrote ") == (words[0] != "run"), "one process speaks"

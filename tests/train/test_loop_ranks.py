@@ -37,7 +37,7 @@ def out(
             **os.environ, "OMP_NUM_THREADS": "1", "EMBKIT_PROGRESS": "off",
             "PYTHONPATH": os.pathsep.join([str(DRIVER.parents[1]), *sys.path]),
         },
-        capture_output=True, text=True, timeout=300, check=False,
+        capture_output=True, text=True, timeout=900 if ranks_driver.FULL else 290, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
     return out

@@ -31,7 +31,7 @@ def out(skewed: Store, tiny_model: Path, tmp_path_factory: pytest.TempPathFactor
     done = subprocess.run(
         [sys.executable, driver.__file__, str(skewed.path), str(tiny_model), str(out)],
         env={**os.environ, "OMP_NUM_THREADS": "1", "EMBKIT_PROGRESS": "off"},
-        capture_output=True, text=True, timeout=300, check=False,
+        capture_output=True, text=True, timeout=900 if driver.FULL else 290, check=False,
     )  # fmt: skip
     print(done.stdout)
     assert done.returncode == 0, done.stderr[-4000:]

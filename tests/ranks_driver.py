@@ -68,7 +68,7 @@ LEARNED: dict[str, Any] = {"loss": Loss(form="gecko", learn_temperature=True)}
 EVERY: dict[str, tuple[dict[str, Any], tuple[int, ...], tuple[int, ...]]] = {
     "retrieval": (RETRIEVAL, (1, 2, 4), ()),
     "mixed": (EMA, (1, 2), (4,)),
-    "ring": ({**RETRIEVAL, "gather": "ring"}, (2, 4), ()),
+    "ring": ({**RETRIEVAL, "gather": "ring"}, (2,), (4,)),
     "nothing-kept": ({**RETRIEVAL, "graph_memory": 0.0}, (2,), ()),
     "learned": ({**LEARNED, "parts": BALANCED}, (1,), (2,)),
     "learned-apart": ({**LEARNED, "parts": own_ranks(1, 1)}, (2,), ()),
@@ -76,8 +76,9 @@ EVERY: dict[str, tuple[dict[str, Any], tuple[int, ...], tuple[int, ...]]] = {
     "accumulate-ring": ({"accumulate": 2, "gather": "ring"}, (), (2, 4)),
     "balanced": ({"parts": BALANCED}, (1, 2), (4,)),
     "balanced-apart-2": ({"parts": own_ranks(1, 1)}, (), (2,)),
-    "balanced-apart-4": ({"parts": own_ranks(3, 1)}, (1, 4), ()),
-    "shard": (SHARD, (2,), (4,)),
+    "balanced-apart-4": ({"parts": own_ranks(3, 1)}, (4,), (1,)),
+    # Whole runs with shards are in every test run: test_loop_ranks.py.
+    "shard": (SHARD, (), (2, 4)),
     "shard-ring": ({**SHARD, "gather": "ring"}, (), (2, 4)),
     "shard-offload": ({"sharding": "shard", "cpu_offload": True, **EMA}, (), (2,)),
     "shard-bf16": ({**SHARD, "precision": "bf16"}, (), (2, 4)),
@@ -283,7 +284,7 @@ def main() -> None:
     torch.use_deterministic_algorithms(True)
     # What imports much of torch goes before the forks.
     torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])
-    for name in ("torch.distributed.fsdp", "torch.distributed.tensor"):
+    for name in ("torch.distributed.fsdp", "torch.distributed.tensor") if FULL else ():
         importlib.import_module(name)
     all_ways(store, model, out, 1)(0)  # here: what it imports, the forks have
     waiting = {how: lost(store, model, out, how) for how in LOST}

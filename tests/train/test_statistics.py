@@ -169,6 +169,26 @@ def test_without_a_negative_there_is_no_accuracy() -> None:
     assert set(tags) == {"batch/t/temperature", *(f"batch/t/positive_at_{d}" for d in DIMS)}
 
 
+def test_a_learned_temperature_is_the_one_of_now(
+    store: Store, make_encoder: Callable[..., Encoder], tmp_path: Path
+) -> None:
+    """Of the tasks that learn it; another task's own stays."""
+    finetune(
+        make_encoder(), store, out=tmp_path / "run", steps=6, batch_size=12, lr=0.05, log_every=1,
+        loss=Loss(learn_temperature=True), temperature=0.1,
+        losses={"topics": {"learn_temperature": False, "temperature": 0.3}},
+        tasks={"retrieval": 1.0, "topics": 1.0},
+    )  # fmt: skip
+    lines = [json.loads(x) for x in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    seen = {task: [x for x in lines if x["task"] == task] for task in ("retrieval", "topics")}
+    told = {
+        task: [x["statistics"][task]["temperature"] for x in found] for task, found in seen.items()
+    }
+    assert told["retrieval"] == [x["temperature"] for x in seen["retrieval"]]
+    assert len(set(told["retrieval"])) == len(told["retrieval"]) > 1
+    assert set(told["topics"]) == {0.3}
+
+
 class StopAt(Callback):
     def on_step(self, step: int, line: Any, speed: Any) -> None:
         if step == 5:

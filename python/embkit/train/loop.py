@@ -453,7 +453,10 @@ class _Run:
         if done.statistics is None:
             return {}
         tasks = self.steps.tasks(batch.step)
-        found = statistics.report(done.statistics, tasks, self.encoder.dims, self.config)
+        found = statistics.report(
+            done.statistics, tasks, self.encoder.dims, self.config,
+            learned=done.more.get("temperature"),
+        )  # fmt: skip
         return {"statistics": found}
 
     def _save(self, done: int, *, preempted: bool = False) -> None:

@@ -83,20 +83,29 @@ class Statistics:
 
 
 def report(
-    sums: torch.Tensor, tasks: Sequence[str], dims: Sequence[int], config: Train
+    sums: torch.Tensor,
+    tasks: Sequence[str],
+    dims: Sequence[int],
+    config: Train,
+    *,
+    learned: float | None = None,
 ) -> dict[str, Any]:
     """Means by task, as JSON types; None where there is nothing to take a mean of.
 
     Args:
         sums: what :meth:`Statistics.take` gave. tasks: of the parts, in their order.
         dims: MRL widths. config: temperatures and losses of the tasks.
+        learned: the temperature of losses that learn it, now.
     """
     by_task: dict[str, torch.Tensor] = {}
     losses: dict[str, Loss] = {}
     for place, (task, part) in enumerate(zip(tasks, sums, strict=True)):
         by_task[task] = part + by_task[task] if task in by_task else part
         losses.setdefault(task, config.loss_of(task, place))
-    return {t: _means(part.tolist(), dims, losses[t], config) for t, part in by_task.items()}
+    return {
+        task: _means(part.tolist(), dims, losses[task], _temperature(losses[task], config, learned))
+        for task, part in by_task.items()
+    }
 
 
 def scalars(statistics: dict[str, Any]) -> dict[str, float]:
@@ -111,7 +120,15 @@ def scalars(statistics: dict[str, Any]) -> dict[str, float]:
     return {tag: value for tag, value in found.items() if value is not None}
 
 
-def _means(numbers: list[float], dims: Sequence[int], loss: Loss, config: Train) -> dict[str, Any]:
+def _temperature(loss: Loss, config: Train, learned: float | None) -> float:
+    if loss.learn_temperature and learned is not None:
+        return learned
+    return config.temperature if loss.temperature is None else loss.temperature
+
+
+def _means(
+    numbers: list[float], dims: Sequence[int], loss: Loss, temperature: float
+) -> dict[str, Any]:
     count = dict(zip(_COUNTS, numbers, strict=False))
     sums: dict[str, list[float]] = {}
     for i, name in enumerate(_SUMS):
@@ -129,7 +146,7 @@ def _means(numbers: list[float], dims: Sequence[int], loss: Loss, config: Train)
     left = count["candidates"] - count["masked"]
     margin = loss.terms()["margin"] is not None
     return {
-        "temperature": config.temperature if loss.temperature is None else loss.temperature,
+        "temperature": temperature,
         "masked": _over(count["masked"], count["candidates"]),
         "accuracy": by_width("right", count["compared"]),
         "positive": by_width("positive", count["rows"]),

@@ -1,0 +1,24 @@
+"""Training data written, graded and relabelled by a language model (docs/synth.md)."""
+
+from __future__ import annotations
+
+from embkit.synth.cache import Cache
+from embkit.synth.llm import LLM, BackendError, Completion, Likelihood, Usage
+from embkit.synth.passages import Personas
+from embkit.synth.prompts import Prompt
+from embkit.synth.server import Server
+from embkit.synth.writing import Write, write_queries
+
+__all__ = [
+    "LLM",
+    "BackendError",
+    "Cache",
+    "Completion",
+    "Likelihood",
+    "Personas",
+    "Prompt",
+    "Server",
+    "Usage",
+    "Write",
+    "write_queries",
+]

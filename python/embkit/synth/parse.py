@@ -1,0 +1,99 @@
+"""The answers of a model: JSON of a fixed form, mended where that is certain, else refused."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from embkit.synth.prompts import Step
+
+_COMMA = re.compile(r",(\s*[}\]])")
+_WIDE = re.compile(r"[\u2e80-\u9fff\uac00-\ud7af\u3040-\u30ff\u0e00-\u0eff]")
+
+
+class Invalid(Exception):
+    """An answer that cannot be used; ``reason`` is one word for the counts."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+def read_answer(
+    text: str, step: Step, options: Mapping[str, Sequence[str]]
+) -> tuple[dict[str, str], bool]:
+    """The fields of an answer.
+
+    Args:
+        text: what the model wrote.
+        step: the form that was asked for.
+        options: of fields with options, by the name of the control.
+
+    Returns:
+        The fields, nothing else of the answer, and whether it had to be mended.
+
+    Raises:
+        Invalid: ``not_json``, ``schema`` (a field is missing or no text), ``length``, ``option``
+            (not among the options) or ``example`` (a copy of an example's answer).
+    """
+    found, mended = read_object(text)
+    out: dict[str, str] = {}
+    for name, field in step.fields.items():
+        value = found.get(name)
+        if value is None:  # keys in another case or with spaces are no other keys
+            same = [v for k, v in found.items() if _key(k) == _key(name)]
+            value, mended = (same[0], True) if len(same) == 1 else (None, mended)
+        if not isinstance(value, str):
+            raise Invalid("schema")
+        value = " ".join(value.split())
+        if not field.min_words <= words(value) <= field.max_words:
+            raise Invalid("length")
+        if field.of:
+            same = [o for o in options[field.of] if _key(o) == _key(value)]
+            if not same:
+                raise Invalid("option")
+            value = same[0]
+        out[name] = value
+    for shot in step.shots:
+        if any(not f.of and _key(str(shot[n])) == _key(out[n]) and n != "task"
+               for n, f in step.fields.items()):  # fmt: skip
+            raise Invalid("example")
+    return out, mended
+
+
+def read_object(text: str) -> tuple[dict[str, Any], bool]:
+    """The JSON object in a text, and whether more had to be done than to read it.
+
+    Mended are: text around the object, a trailing comma, raw line ends in strings. An object that
+    is cut off is not: its last field would be a piece.
+    """
+    text = text.strip()
+    try:
+        found = json.loads(text)
+        if isinstance(found, dict):
+            return found, False
+    except ValueError:
+        pass
+    start = text.find("{")
+    if start < 0:
+        raise Invalid("not_json")
+    for candidate in (text[start:], _COMMA.sub(r"\1", text[start:])):
+        try:
+            found, _ = json.JSONDecoder(strict=False).raw_decode(candidate)
+        except ValueError:
+            continue
+        if isinstance(found, dict):
+            return found, True
+    raise Invalid("not_json")
+
+
+def words(text: str) -> int:
+    """Words of a text; of scripts without spaces, two characters are one."""
+    wide = len(_WIDE.findall(text))
+    return len(_WIDE.sub(" ", text).split()) + (wide + 1) // 2
+
+
+def _key(text: str) -> str:
+    return re.sub(r"[\W_]+", " ", text).strip().casefold()

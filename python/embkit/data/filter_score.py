@@ -89,7 +89,7 @@ class Scores:
     unlike: Array  # bool
 
 
-class _Sides:
+class Sides:
     """The texts as rows that an encoder can embed: row r as query, texts + r as passage."""
 
     def __init__(self, score: ScoreFilter, texts: Texts) -> None:
@@ -150,7 +150,7 @@ def score_pairs(
     }  # fmt: skip
     counts = np.zeros(_BINS, np.int64)
     blocks = directory / "embeddings"
-    sides = _Sides(score, texts)
+    sides = Sides(score, texts)
     if len(rows):
         made = json.dumps([report["model"], report["prompts"]])
         vectors = Embeddings(blocks, sides, sides, rows=rows, model=made)

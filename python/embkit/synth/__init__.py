@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from embkit.synth.cache import Cache
+from embkit.synth.judging import Judge, judge
 from embkit.synth.llm import LLM, BackendError, Completion, Likelihood, Usage
 from embkit.synth.passages import Personas
 from embkit.synth.prompts import Prompt
+from embkit.synth.relabelling import Relabel, fuse, relabel
 from embkit.synth.server import Server
 from embkit.synth.writing import Write, write_queries
 
@@ -14,11 +16,16 @@ __all__ = [
     "BackendError",
     "Cache",
     "Completion",
+    "Judge",
     "Likelihood",
     "Personas",
     "Prompt",
+    "Relabel",
     "Server",
     "Usage",
     "Write",
+    "fuse",
+    "judge",
+    "relabel",
     "write_queries",
 ]

@@ -1,0 +1,205 @@
+"""The verbs that ask a language model: `embkit synth`, `relabel`, `judge` (docs/synth.md)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from embkit.errors import UsageError
+
+Out = Annotated[Path, typer.Option("--out", help="Directory to publish.", show_default=False)]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Forget finished stages and redo them.")]
+Model = Annotated[
+    str | None,
+    typer.Option("--llm", help="Address of an OpenAI-compatible server, or a model directory."),
+]
+Name = Annotated[str | None, typer.Option("--llm-name", help="The model's name on the server.")]
+Plain = Annotated[bool, typer.Option("--plain", help="Completions, without a chat template.")]
+Concurrency = Annotated[int, typer.Option("--concurrency", help="Requests at a time.")]
+CacheFile = Annotated[
+    Path | None, typer.Option("--cache", help="File of answers: nothing is asked twice.")
+]
+Budget = Annotated[
+    int | None, typer.Option("--token-budget", help="Tokens after which no request is sent.")
+]
+Rate = Annotated[
+    float | None, typer.Option("--requests-per-minute", help="A rate that is not passed.")
+]
+Records = Annotated[list[str], typer.Argument(help="A records directory, or record files.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the verbs."""
+    for verb in (synth, relabel, judge):
+        app.command()(verb)
+
+
+def synth(
+    out: Out = Path("synth"),
+    passages: Annotated[
+        list[str] | None, typer.Argument(help="JSON lines with text, or a records directory.")
+    ] = None,
+    llm: Model = None,
+    llm_name: Name = None,
+    plain: Plain = False,
+    concurrency: Concurrency = 8,
+    cache: CacheFile = None,
+    token_budget: Budget = None,
+    requests_per_minute: Rate = None,
+    prompt: Annotated[
+        str, typer.Option("--prompt", help="gecko, swim-ir, qwen3, or a TOML file.")
+    ] = "gecko",
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=A,B", help="Options of a control; repeatable."),
+    ] = None,
+    per_passage: Annotated[int, typer.Option("--per-passage", help="Queries each.")] = 1,
+    temperature: Annotated[float, typer.Option("--temperature", help="0 is greedy.")] = 0.7,
+    seed: Annotated[int, typer.Option("--seed", help="Of controls and sampling.")] = 0,
+    rater: Annotated[
+        str | None, typer.Option("--rater", help="Prompt that grades the queries, e.g. rater.")
+    ] = None,
+    min_rating: Annotated[float, typer.Option("--min-rating", help="Least grade.")] = 1.0,
+    personas: Annotated[
+        Path | None, typer.Option("--personas", help="File of characters, one a line.")
+    ] = None,
+    task: Annotated[str, typer.Option("--task", help="Name of the task.")] = "synthetic",
+    max_rejected: Annotated[
+        float, typer.Option("--max-rejected", help="Share of items left unanswered.")
+    ] = 0.05,
+    show_prompt: Annotated[
+        bool, typer.Option("--show-prompt", help="Print the prompt file, to edit a copy; end.")
+    ] = False,
+    fresh: Fresh = False,
+) -> None:
+    """Let a language model write queries for passages."""
+    from embkit.synth import Personas, Write, write_queries
+    from embkit.synth.prompts import source
+
+    if show_prompt:
+        print(source(prompt), end="")
+        return
+    if not passages:
+        raise UsageError("There are no passages.", fix="embkit synth PASSAGES --llm URL --out DIR")
+    controls = {}
+    for item in set_ or []:
+        name, _, options = item.partition("=")
+        if not options:
+            raise UsageError(f"{item!r} is no NAME=A,B.", fix="e.g. language=German,French")
+        controls[name] = [option.strip() for option in options.split(",")]
+    how = Write(
+        prompt=prompt, per_passage=per_passage, controls=controls, temperature=temperature,
+        seed=seed, rater=rater, min_rating=min_rating, max_rejected=max_rejected,
+    )  # fmt: skip
+    backend = _backend(llm, llm_name, plain, concurrency, cache, token_budget, requests_per_minute)
+    done = write_queries(
+        [Path(p) for p in passages], llm=backend, out=out, how=how, task=task,
+        personas=None if personas is None else Personas.read(personas), fresh=fresh,
+    )  # fmt: skip
+    report = done.report
+    dropped = ", ".join(f"{n} x {why}" for why, n in report["dropped"].items()) or "none"
+    print(f"  {report['items']} items: {report['kept']} queries; dropped: {dropped}")
+    print(f"  wrote {out}")
+
+
+def relabel(
+    records: Records,
+    out: Out,
+    model: Annotated[str, typer.Option("--model", help="Embedder trained on these pairs.")],
+    llm: Model = None,
+    llm_name: Name = None,
+    concurrency: Concurrency = 8,
+    cache: CacheFile = None,
+    token_budget: Budget = None,
+    requests_per_minute: Rate = None,
+    candidates: Annotated[int, typer.Option("--candidates", help="Passages ranked.")] = 20,
+    constant: Annotated[float, typer.Option("--constant", help="Of 1 / (c + rank).")] = 0.0,
+    positive: Annotated[str, typer.Option("--positive", help="best, or seed.")] = "best",
+    negative: Annotated[str, typer.Option("--negative", help="last, random or none.")] = "last",
+    negatives: Annotated[int, typer.Option("--negatives", help="Of each query.")] = 1,
+    likelihood: Annotated[str, typer.Option("--likelihood", help="Prompt.")] = "likelihood",
+    relevance: Annotated[str, typer.Option("--relevance", help="Prompt.")] = "relevance",
+    seed: Annotated[int, typer.Option("--seed", help="Of random negatives.")] = 0,
+    fresh: Fresh = False,
+) -> None:
+    """Choose positives and hard negatives with a language model among the nearest passages."""
+    from embkit import data
+    from embkit.synth import Relabel
+    from embkit.synth import relabel as run
+
+    how = Relabel(
+        candidates=candidates, constant=constant, positive=positive, negative=negative,
+        negatives=negatives, likelihood=likelihood, relevance=relevance, seed=seed,
+    )  # fmt: skip
+    backend = _backend(llm, llm_name, False, concurrency, cache, token_budget, requests_per_minute)
+    done = run(data.read(records), model=model, llm=backend, out=out, how=how, fresh=fresh)
+    for name, counts in done.report["tasks"].items():
+        print(
+            f"  {name}: {counts['judged']} of {counts['examples']} judged, another positive for "
+            f"{counts['share_best_is_not_seed']:.1%}, {counts['negatives']} negatives"
+        )
+    print(f"  wrote {out}")
+
+
+def judge(
+    records: Records,
+    out: Out,
+    llm: Model = None,
+    llm_name: Name = None,
+    concurrency: Concurrency = 8,
+    cache: CacheFile = None,
+    token_budget: Budget = None,
+    requests_per_minute: Rate = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option("--prompt", help="Prompt with grades; twice for two judges.")
+    ] = None,
+    min_positive: Annotated[float, typer.Option("--min-positive", help="Least grade.")] = 1.0,
+    max_negative: Annotated[float, typer.Option("--max-negative", help="Highest grade.")] = 2.0,
+    action: Annotated[str, typer.Option("--action", help="drop, or mark.")] = "drop",
+    fresh: Fresh = False,
+) -> None:
+    """Grade pairs with a language model: weak positives and strong negatives go."""
+    from embkit import data
+    from embkit.synth import Judge
+    from embkit.synth import judge as run
+
+    how = Judge(
+        prompts=tuple(prompt or ("relevance",)), min_positive=min_positive,
+        max_negative=max_negative, action=action,
+    )  # fmt: skip
+    backend = _backend(llm, llm_name, False, concurrency, cache, token_budget, requests_per_minute)
+    done = run(data.read(records), llm=backend, out=out, how=how, fresh=fresh)
+    for name, counts in done.report["tasks"].items():
+        print(
+            f"  {name}: {counts['before']} examples, {counts['after']} pass; "
+            f"{counts['weak_positives']} weak positives, {counts['strong_negatives']} strong "
+            "negatives"
+        )
+    if "agreement" in done.report:
+        print(f"  agreement of the judges: {done.report['agreement']}")
+    print(f"  wrote {out}")
+
+
+def _backend(
+    llm: str | None, name: str | None, plain: bool, concurrency: int, cache: Path | None,
+    token_budget: int | None, requests_per_minute: float | None,
+) -> Any:  # fmt: skip
+    """A server for an address, else a model in this process."""
+    if llm is None:
+        raise UsageError(
+            "There is no language model.", fix="--llm http://HOST:PORT/v1, or --llm DIRECTORY"
+        )
+    if "://" in llm:
+        from embkit.synth import Server
+
+        return Server(
+            llm, name, chat=not plain, concurrency=concurrency, cache=cache,
+            token_budget=token_budget, requests_per_minute=requests_per_minute,
+        )  # fmt: skip
+    if cache or token_budget or requests_per_minute:
+        raise UsageError("Cache, budget and rate are those of a server.", where=llm)
+    from embkit.synth.local import Local
+
+    return Local(llm, chat=False if plain else None, name=name)

@@ -15,6 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
+from embkit import cli_llm
 from embkit.errors import EmbkitError, UsageError
 
 app = typer.Typer(
@@ -181,6 +182,9 @@ def filter_(
     for task, counts in done.report["examples"].items():
         print(f"  {task}: {counts['before']} examples, {counts['after']} pass")
     _done(out)
+
+
+cli_llm.register(app)
 
 
 @app.command()

@@ -13,6 +13,7 @@ import typer.main
 
 from embkit.cli import app
 
+LLM = ("--llm", "--llm-name", "--concurrency", "--cache", "--token-budget", "--requests-per-minute")
 # verb -> its options and arguments
 FROZEN = {
     "demo": {"--out", "--data", "--model", "--set", "--fresh"},
@@ -21,6 +22,13 @@ FROZEN = {
     "dedup": {"sources", "--out", "--against", "--memory", "--recipe", "--set", "--fresh"},
     "filter": {"records", "--out", "--preset", "--set", "--languages", "--action", "--score-model"}
     | {"--min-score", "--fresh"},
+    "synth": {"passages", "--out", "--prompt", "--set", "--per-passage", "--temperature", "--seed"}
+    | {"--rater", "--min-rating", "--personas", "--task", "--max-rejected", "--show-prompt"}
+    | {"--plain", "--fresh", *LLM},
+    "relabel": {"records", "--out", "--model", "--candidates", "--constant", "--positive"}
+    | {"--negative", "--negatives", "--likelihood", "--relevance", "--seed", "--fresh", *LLM},
+    "judge": {"records", "--out", "--prompt", "--min-positive", "--max-negative", "--action"}
+    | {"--fresh", *LLM},
     "tokenize": {"records", "--out", "--recipe", "--set"},
     "store merge": {"inputs", "--out"},
     "store append": {"store", "more", "--out"},
@@ -91,6 +99,8 @@ def test_help_names_every_verb_and_exits_0() -> None:
         (["run", "quickstart", "--set", "data.path=/no/such", "--out", "{tmp}/x"], 4, "/no/such"),
         (["inspect", "/no/such/path"], 4, "/no/such/path"),
         (["verify", "/no/such/path"], 4, "/no/such/path"),
+        (["synth", "x.jsonl"], 2, "--llm http"),
+        (["synth", "--show-prompt", "--prompt", "gekko"], 2, "did you mean 'gecko'"),
         (["bench", "kernel"], 2, "did you mean 'kernels'"),
         (["frobnicate"], 2, "frobnicate"),
     ],

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,20 @@ if TYPE_CHECKING:
 Mixture = dict[str, float]
 _LEAST = 0.01  # weight of a task in a mixture: less would need very long blocks of steps
 _POINTS = 2048  # mixtures among which "bayes" chooses
+
+
+def needs_one_process() -> None:
+    """Each run of a search is one of a single process.
+
+    Raises:
+        UsageError: a launcher has started several.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UsageError(
+            "The search of a mixture needs a single process.",
+            where="mix",
+            fix="find it with `embkit mix` alone, and put the mixture that it writes in the recipe",
+        )
 
 
 def search_mixture(
@@ -58,12 +73,13 @@ def search_mixture(
         the directory of its ``run``.
 
     Raises:
-        UsageError: nothing to mix or no budget; settings of parts.
+        UsageError: nothing to mix or no budget; settings of parts; several processes.
     """
     config, mix = config or Train(), mix or Mix(candidates=16)
     store, out = as_store(store), Path(out)
     if not mix.on:
         raise UsageError("The search has no budget.", where="mix.candidates", fix="give e.g. 16")
+    needs_one_process()
     if config.parts:
         raise UsageError(
             "A recipe with parts gives each its own tasks.",

@@ -92,16 +92,14 @@ def run(
         out.mkdir(parents=True, exist_ok=True)
         recipes.save(chosen, out / "recipe.toml")
 
+    if chosen.mix.on:
+        from embkit.mix import needs_one_process
+
+        needs_one_process()
     # The ranks meet once for all stages: those that train use them, the others are the first's.
     limit = max(chosen.prefinetune.rank_timeout, chosen.finetune.rank_timeout)
     device = training_device(torch.device("cpu"), chosen.prefinetune.device)
     with open_ranks(device, timeout=limit) as ranks:
-        if chosen.mix.on and ranks.world > 1:
-            raise UsageError(
-                "The search of a mixture needs a single process.",
-                where="mix",
-                fix="find it with `embkit mix`, and put the mixture that it writes in the recipe",
-            )
         ranks.once(begin)
         return _Run(chosen, data, out, ranks).all()
 

@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 from small import full_count
 
-from embkit import recipe
+from embkit import pipeline, recipe
 from embkit.data import Store
 from embkit.errors import UsageError
 from embkit.evaluate import evaluate
@@ -151,3 +152,22 @@ def test_what_cannot_be_searched_is_refused(
         search_mixture(encoder, store, out=tmp_path / "m", on=tmp_path, config=config, mix=mix)
     with pytest.raises(UsageError, match="search"):
         recipe.from_table({"mix": {"candidates": 2}, "finetune": {"parts": [{}]}})
+
+
+def test_a_search_in_several_processes_is_refused(
+    store: Store,
+    tiny_model: Path,
+    tmp_path: Path,
+    tiny_recipe: Callable[..., recipe.Recipe],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By itself, and in a whole run before its first stage."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    encoder = Encoder.from_pretrained(tiny_model)
+    with pytest.raises(UsageError, match="a single process"):
+        search_mixture(
+            encoder, store, out=tmp_path / "m", on=tmp_path, config=FAST, mix=Mix(candidates=2)
+        )
+    with pytest.raises(UsageError, match="a single process"):
+        pipeline.run(tiny_recipe("mix.candidates=2"), out=tmp_path / "run")
+    assert not list(tmp_path.iterdir())

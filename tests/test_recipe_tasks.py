@@ -93,6 +93,7 @@ def test_wrong_words_name_the_nearest() -> None:
         ({"tasks": {"a": {"knd": "sts"}}}, "did you mean 'kind'"),
         ({"tasks": {"a": {"convert": {"rule": "nil"}}}}, "did you mean 'nli'"),
         ({"tasks": {"a": {"kind": "pair"}}}, "kind"),
+        ({"tasks": {"a": {"convert": {"rule": "classes", "unique_id": True}}}}, "unique ids"),
     ):
         with pytest.raises(UsageError, match=says):
             recipe.from_table(table)

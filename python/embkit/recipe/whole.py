@@ -63,6 +63,13 @@ class Recipe:
         require(bool(self.runs), "The recipe has no [[runs]].", "add at least one, e.g. seed = 0")
         for i in range(len(self.runs)):
             self.run_config(i)
+        marked = [name for name, task in self.tasks.items() if task.convert.unique_id]
+        require(
+            not marked or self.dedup.action == "mark",
+            f"tasks.{''.join(marked[:1])} has unique ids, and dedup.action = {self.dedup.action!r} "
+            "takes texts that differ in nothing else for one.",
+            'set dedup.action = "mark", or losses.TASK.in_batch = false in the place of ids',
+        )
         require(
             not self.mix.on or not self.finetune.parts,
             "mix.candidates asks for a search, and finetune.parts give each part its own tasks.",

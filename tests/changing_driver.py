@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import random
 import signal
 import sys
 import time
@@ -26,6 +27,7 @@ from embkit.train import Miner, finetune, loop, refresh
 
 FAKE = Path(__file__).with_name("fake_miner.py")
 FULL = os.environ.get("EMBKIT_TEST_FULL") == "1"
+KILLS = 30
 LATE = 7.0  # seconds of a miner, of ranks whose timeout is less
 CHANGING: dict[str, Any] = {
     "steps": 12, "batch_size": 14, "token_budget": 400, "temperature": 0.05, "lr": 1e-3,
@@ -142,6 +144,32 @@ def late(rank: int) -> None:
     runs.tell(20)
 
 
+def killed(runs: Runs) -> None:
+    """One run on two ranks, one of which dies at an event again and again, until it is done."""
+    sys.path.insert(0, str(Path(__file__).with_name("train")))
+    from kill_driver import arm
+
+    random_, landing = random.Random(3), runs.out / "landings"
+    landing.touch()
+    codes: list[list[int]] = []
+    for i in range(4 * KILLS):
+        limit, after, victim = random_.randint(2, 20), random_.random() < 0.5, i % 2
+        target = f"killed-{codes.count([0, 0])}"
+
+        def work(rank: int) -> None:
+            ranks_driver.meet(runs.out, f"meet-{i}", rank, 2)  # noqa: B023
+            if rank == victim and len(landing.read_text().split()) < KILLS:  # noqa: B023
+                handle = os.open(landing, os.O_WRONLY | os.O_APPEND)
+                arm(limit, after, handle, runs.out)  # noqa: B023
+            Runs(rank).run(target, by="weights", dropout=0.1, rank_timeout=5.0)  # noqa: B023
+
+        codes.append(ranks_driver.fork(2, work))
+        landed = landing.read_text().split()
+        if codes[-1] == [0, 0] and len(landed) >= KILLS:
+            break
+    runs.told["killed"] = {"codes": codes, "landed": landed}
+
+
 def main() -> None:
     torch.set_num_threads(1)
     runs = Runs()
@@ -156,6 +184,7 @@ def main() -> None:
     if FULL:
         os.environ["TEST_PORT"] = str(ranks_driver.free_port())
         assert ranks_driver.fork(2, late) == [0, 0]
+        killed(runs)
     runs.tell(1)
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -128,3 +129,19 @@ def test_a_late_miner_is_no_lost_rank(out: Path) -> None:
     assert "digest" in told(out, 20, 0)["late"]
     late, in_time = ([x["loss_hex"] for x in log(out, name)] for name in ("late", "two"))
     assert late == in_time
+
+
+@FULL
+def test_killed_ranks_resume_bit_for_bit(out: Path) -> None:
+    """P4, P9: SIGKILL of one of two ranks; the other says so, and both go on to the same bits."""
+    found = told(out, 1)["killed"]
+    print(Counter(found["landed"]), found["codes"])
+    assert len(found["landed"]) == driver.KILLS
+    assert {"step", "checkpoint"} <= set(found["landed"])
+    done = found["codes"].count([0, 0])
+    assert done >= 1 and found["codes"][-1] == [0, 0]
+    for one, two in found["codes"]:
+        assert (one, two) == (0, 0) or -9 in (one, two)
+    for i in range(done):
+        for file in ("log.jsonl", "model/model.safetensors"):
+            assert (out / f"killed-{i}" / file).read_bytes() == (out / "whole" / file).read_bytes()

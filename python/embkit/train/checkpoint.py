@@ -31,7 +31,6 @@ VERSION = 1
 FORMAT = "embkit.checkpoint"
 KINDS = ("model", "optimizer")
 _POLL = 0.02  # seconds between looks for the files of other ranks
-_PATIENCE = 600.0  # seconds until they must be there
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,6 +129,7 @@ class Saver:
         background: copy the tensors, go on, and let a thread write them. The next save, and
             :meth:`wait`, wait for it.
         rank, world: this process among those that share the run; they see one file system.
+        patience: seconds that the first rank waits for the files of others when it has its own.
     """
 
     def __init__(
@@ -140,9 +140,10 @@ class Saver:
         background: bool = False,
         rank: int = 0,
         world: int = 1,
+        patience: float = 600.0,
     ) -> None:
         self.folder, self.keep, self.background = folder, keep, background
-        self.rank, self.world = rank, world
+        self.rank, self.world, self.patience = rank, world, patience
         self._thread: threading.Thread | None = None
         self._trouble: BaseException | None = None
 
@@ -215,9 +216,31 @@ class Saver:
         _rust.publish_file(str(work / f"rank-{self.rank:05d}.json"), told)
         if self.rank == 0:
             try:
-                self._publish(work, final, state, _of_all(work, self.world))
+                self._publish(work, final, state, self._of_all(work))
             finally:
                 shutil.rmtree(work, ignore_errors=True)
+
+    def _of_all(self, work: Path) -> dict[str, str]:
+        """What every rank says of its files, when all have said it.
+
+        No collective: a checkpoint may be written by a thread, beside the collectives of a step.
+        """
+        hashes: dict[str, str] = {}
+        until = time.monotonic() + self.patience
+        for rank in range(self.world):
+            told = work / f"rank-{rank:05d}.json"
+            while not told.is_file():
+                if time.monotonic() > until:
+                    raise EmbkitError(
+                        f"Rank {rank} did not write its part of the checkpoint in "
+                        f"{self.patience:g} s.",
+                        where=work,
+                        fix="look at that rank's log; all ranks must see the same output directory",
+                    )
+                time.sleep(_POLL)
+            hashes |= json.loads(told.read_bytes())
+            told.unlink()
+        return hashes
 
     def _publish(
         self, work: Path, final: Path, state: dict[str, Any], hashes: Mapping[str, str]
@@ -454,28 +477,6 @@ def _write_files(work: Path, mine: Mapping[str, Named], end: str) -> dict[str, s
             metadata={"parts": json.dumps(parts)} if parts else None,
         )
         hashes[file.name] = sha256_file(file)
-    return hashes
-
-
-def _of_all(work: Path, world: int) -> dict[str, str]:
-    """What every rank says of its files, when all have said it.
-
-    No collective: a checkpoint may be written by a thread, beside the collectives of a step.
-    """
-    hashes: dict[str, str] = {}
-    until = time.monotonic() + _PATIENCE
-    for rank in range(world):
-        told = work / f"rank-{rank:05d}.json"
-        while not told.is_file():
-            if time.monotonic() > until:
-                raise EmbkitError(
-                    f"Rank {rank} did not write its part of the checkpoint in {_PATIENCE:.0f} s.",
-                    where=work,
-                    fix="look at that rank's log; all ranks must see the same output directory",
-                )
-            time.sleep(_POLL)
-        hashes |= json.loads(told.read_bytes())
-        told.unlink()
     return hashes
 
 

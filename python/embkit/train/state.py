@@ -65,7 +65,7 @@ class State:
         self.init_sha256 = init_sha256
         self.saver = Saver(
             folder / "checkpoints", keep=config.keep_checkpoints, rank=rank, world=world,
-            background=config.watch.background,
+            background=config.watch.background, patience=config.rank_timeout,
         )  # fmt: skip
 
     def save(self, done: int, negatives: Negatives, *, preempted: bool = False) -> Path:

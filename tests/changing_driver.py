@@ -27,7 +27,7 @@ from embkit.train import Miner, finetune, loop, refresh
 
 FAKE = Path(__file__).with_name("fake_miner.py")
 FULL = os.environ.get("EMBKIT_TEST_FULL") == "1"
-KILLS = 30
+KILLS = 12
 LATE = 7.0  # seconds of a miner, of ranks whose timeout is less
 CHANGING: dict[str, Any] = {
     "steps": 12, "batch_size": 14, "token_budget": 400, "temperature": 0.05, "lr": 1e-3,

@@ -18,6 +18,7 @@ import torch
 from embkit.data import Store
 from embkit.train.checkpoint import load
 
+pytestmark = pytest.mark.timeout(1000)
 FULL = pytest.mark.skipif(not driver.FULL, reason="full test run")
 
 
@@ -32,7 +33,7 @@ def out(
             **os.environ, "OMP_NUM_THREADS": "1", "EMBKIT_PROGRESS": "off",
             
         },
-        capture_output=True, text=True, timeout=400, check=False,
+        capture_output=True, text=True, timeout=900, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
     return out

@@ -57,11 +57,11 @@ GRID: tuple[Mapping[str, Any], ...] = (
 # Ours, the same number; `our_cell` says which tasks.
 OURS: tuple[Mapping[str, Any], ...] = (
     {"lr": 1e-3, "hard_negatives": 0},
-    {"lr": 1e-3, "hard_negatives": 0, "batch_size": 256},
-    {"lr": 5e-4, "hard_negatives": 0, "batch_size": 256},
-    {"lr": 1e-3, "hard_negatives": 0, "batch_size": 256, "temperature": 0.03},
-    {"lr": 1e-3, "hard_negatives": 2},
-    {"lr": 2e-3, "hard_negatives": 0, "batch_size": 256, "ema": 0.97},
+    {"lr": 1e-3, "hard_negatives": 0, "ema": 0.95},
+    {"lr": 2e-3, "hard_negatives": 0, "ema": 0.97, "batch_size": 256},
+    {"lr": 3e-3, "hard_negatives": 0, "ema": 0.97, "batch_size": 256},
+    {"lr": 3e-3, "hard_negatives": 0, "ema": 0.95, "batch_size": 512},
+    {"lr": 2e-3, "hard_negatives": 2, "ema": 0.97},
 )
 
 
@@ -148,7 +148,10 @@ def ablations(plan: Plan) -> dict[str, Ablation]:
 
 @dataclass(frozen=True)
 class Found:
-    """Cells of some seeds as one: scores by kind, means of queries or texts, means of seeds."""
+    """Cells of some seeds as one: scores by kind, means of queries or texts, means of seeds.
+
+    ``spread`` is the standard deviation over seeds, empty for one.
+    """
 
     kinds: Mapping[str, float]
     spread: Mapping[str, float]
@@ -164,7 +167,11 @@ def found(results: list[dict[str, Any]], *, dim: int = 0, kinds: tuple[str, ...]
     items = [result["items"][width] for result in results]
     return Found(
         kinds={kind: float(np.mean([s[kind] for s in scores])) for kind in scores[0]},
-        spread={kind: float(np.std([s[kind] for s in scores])) for kind in scores[0]},
+        spread={
+            kind: float(np.std([s[kind] for s in scores], ddof=1))
+            for kind in scores[0]
+            if len(scores) > 1
+        },
         items={
             kind: {name: np.mean([i[kind][name] for i in items], axis=0) for name in items[0][kind]}
             for kind in items[0]
@@ -234,7 +241,7 @@ def _case(
 ) -> Case:
     change = paired_bootstrap(a.items[of], b.items[of])
     kinds = {
-        who: {k: [round(f.kinds[k], 2), round(f.spread[k], 2)] for k in f.kinds}
+        who: {k: [round(by[k], 2) for by in (f.kinds, f.spread) if by] for k in f.kinds}
         for who, f in (("embkit", a), (peer, b))
     }
     more = {

@@ -25,7 +25,7 @@ def table(rows: Sequence[Row]) -> str:
         cells = [row["name"].removeprefix("recipes.")]
         for kind in kinds:
             both = [_means(row, who).get(kind) for who in ("embkit", row["peer"])]
-            cells.append(" / ".join(f"{m:.1f} ± {sd:.1f}" for m, sd in filter(None, both)))
+            cells.append(" / ".join(" ± ".join(f"{x:.1f}" for x in m) for m in both if m))
         low, high = row["interval"]
         of = _NAMES[row["difference_of"]]
         cells.append(f"{of} {row['difference']:+.2f} ({low:+.2f} to {high:+.2f})")

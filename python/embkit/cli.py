@@ -451,7 +451,7 @@ def verify(
 @app.command()
 def bench(
     group: Annotated[
-        str, typer.Argument(help="store, dedup, mine, kernels, train, recipes or soup.")
+        str, typer.Argument(help="store, dedup, mine, kernels, train, recipes, synth or soup.")
     ],
     json_: Annotated[
         Path | None, typer.Option("--json", help="Write the rows to this file too.")

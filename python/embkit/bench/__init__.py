@@ -26,7 +26,7 @@ from typing import Any
 
 from embkit.errors import EmbkitError, UsageError, nearest
 
-GROUPS = ("store", "dedup", "mine", "kernels", "train", "recipes", "soup")
+GROUPS = ("store", "dedup", "mine", "kernels", "train", "recipes", "synth", "soup")
 
 
 @dataclass

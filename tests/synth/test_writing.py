@@ -16,6 +16,7 @@ from killing import attempt
 from loopback import Loopback
 from small import full_count
 
+from embkit import data
 from embkit.errors import CorruptError, UsageError
 from embkit.synth import (
     BackendError,
@@ -27,6 +28,7 @@ from embkit.synth import (
     write_queries,
 )
 from embkit.synth.parse import Invalid, read_answer, read_object, words
+from embkit.synth.passages import read_passages
 
 FAST: dict[str, Any] = {"backoff": 0.01, "timeout": 5.0}
 TEXTS = [f"Passage {i} tells of {w} and of what it is good for." for i, w in enumerate(tiny.WORDS)]
@@ -260,3 +262,23 @@ def test_a_dead_server_leaves_what_was_done(lm: Any, tmp_path: Path) -> None:
         assert sum(loop.seen.values()) - asked == 1 + 3 * (24 - 12)
         run()
         assert sum(loop.seen.values()) - asked == 2 + 3 * (24 - 12)  # done: only the probe
+
+
+def test_passages_from_files_records_and_memory(tmp_path: Path) -> None:
+    rows = [{"title": "A", "text": "b c"}, {"positive": "d"}, {"text": "d"}, {"text": "x " * 400}]
+    path = tmp_path / "p.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    want = ["A b c", "d", "x " * 399 + "x"]
+    for source in (str(path), path, [path, path]):
+        assert read_passages(source)[0] == want
+    texts, files, memory = read_passages([path, "word " * 300, str(path)])
+    assert texts == [*want, "word " * 300, str(path)]
+    assert files == [path] and memory == texts[3:]
+    pairs = [{"query": "q", "positive": "p two"}, {"query": "r", "positive": "p one"}]
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    records = data.read(tmp_path / "q.jsonl").save(tmp_path / "records")
+    assert sorted(read_passages(records)[0]) == ["p one", "p two"]
+    assert read_passages(tmp_path / "records") == read_passages(records)
+    path.write_text('{"body": "x"}\n')
+    with pytest.raises(CorruptError, match="Row 1 has no text"):
+        read_passages(path)

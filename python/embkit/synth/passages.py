@@ -19,9 +19,10 @@ def read_passages(source: Any) -> tuple[list[str], list[Path], list[str]]:
     """Distinct passages, in order.
 
     Args:
-        source: texts; a JSON lines file (plain, .zst or .gz; ``text`` with an optional ``title``,
-            or ``positive``, ``passage``, ``contents``, ``document``); a records directory (the
-            positives of its retrieval tasks); or a list of such paths.
+        source: a JSON lines file (plain, .zst or .gz; ``text`` with an optional ``title``, or
+            ``positive``, ``passage``, ``contents``, ``document``); a records directory (the
+            positives of its retrieval tasks); or a list, in which a ``Path`` is one of these and a
+            string is a text.
 
     Returns:
         The passages, the files that they come from, and the texts themselves where there is none.
@@ -32,8 +33,9 @@ def read_passages(source: Any) -> tuple[list[str], list[Path], list[str]]:
     paths: list[Path] = []
     texts: list[str] = []
     memory: list[str] = []
-    for item in [source] if isinstance(source, (str, Path, Records)) else list(source):
-        if isinstance(item, str) and not Path(item[:255]).exists() and isinstance(source, list):
+    alone = isinstance(source, (str, Path, Records))
+    for item in [Path(source)] if isinstance(source, str) else [source] if alone else list(source):
+        if isinstance(item, str):
             memory.append(item)
             texts.append(item)
             continue

@@ -36,7 +36,7 @@ def source(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("prompts", "length"), [(PROMPTS, 14), (PROMPTS, 4), ({}, 10)], ids=["both", "cut", "plain"]
+    ("prompts", "length"), [(PROMPTS, 14), (PROMPTS, 12), ({}, 10)], ids=["both", "cut", "plain"]
 )
 def test_rows_and_prompt_lengths_are_those_of_sentence_transformers(
     source: Path,

@@ -176,9 +176,8 @@ def test_tasks_have_prompts_of_their_own(records: Path, tmp_path: Path) -> None:
     assert Encoder.from_pretrained(out).prompts == encoder.prompts
     said = json.loads((out / "config_sentence_transformers.json").read_text())["prompts"]
     assert said == {"query": PROMPTS["query"], "document": PROMPTS["passage"], **named}
-    with pytest.raises(UsageError, match="single tasks cannot be merged"):
-        data.merge([store, store_of(records, tmp_path / "other", tokenizer=store.tokenizer)],
-                   out=tmp_path / "merged")  # fmt: skip
+    other = store_of(records, tmp_path / "other", tokenizer=store.tokenizer, prompt_dropout=True)
+    assert data.merge([store, other], out=tmp_path / "merged").task_prompts == own
     for wrong, says in (
         ({"answer": {"query": "q"}}, "did you mean 'answers'"),
         ({"answers": {"text": "q"}}, "'text'"),

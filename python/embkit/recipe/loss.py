@@ -62,7 +62,7 @@ class Loss:
     include_positive: bool | None = None
     hardness: float | None = None
     margin: float | None = None
-    margin_rule: str | None = None
+    margin_rule: str = "absolute"
     hard: str = "own"
     mask: str = "keys"
     symmetric: bool = False
@@ -83,8 +83,7 @@ class Loss:
         one_of("loss.mask", self.mask, ("keys", "positives", "off"))
         one_of("loss.dims_schedule", self.dims_schedule, ("joint", "progressive"))
         one_of("loss.distance", self.distance, ("cosine", "l2"))
-        if self.margin_rule is not None:
-            one_of("loss.margin_rule", self.margin_rule, ("absolute", "relative", "off"))
+        one_of("loss.margin_rule", self.margin_rule, ("absolute", "relative", "off"))
         for name in ("temperature", "cosent_scale", "teacher_temperature"):
             value = getattr(self, name)
             require(
@@ -116,8 +115,8 @@ class Loss:
         """What the form and the settings over it leave must be a loss."""
         terms = self.terms()
         require(
-            terms["margin"] is not None or self.margin_rule in (None, "off"),
-            f"loss.margin_rule = {self.margin_rule!r}, and there is no margin.",
+            terms["margin"] is not None or self.margin_rule != "relative",
+            'loss.margin_rule = "relative", and there is no margin.',
             "set loss.margin, e.g. 0.1",
         )
         require(

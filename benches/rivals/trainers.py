@@ -31,7 +31,7 @@ class Gate:
     def __init__(self, about: dict[str, Any]) -> None:
         self.round, self.steps = about["round"], about["steps"]
         self.losses: list[float] = []
-        self.more: dict[str, Any] = {}
+        self.ideal = 0.0  # seconds that the arithmetic of this round takes at the device's peak
 
     def open(self) -> None:
         """The first word; what came before is not measured."""
@@ -48,14 +48,16 @@ class Gate:
                 took = dict.fromkeys(took, time.perf_counter() - self.wall)  # a GPU's time
                 peak = torch.cuda.max_memory_allocated()
             said = took | {"peak": peak, "losses": self.losses}
-            print(json.dumps(said | self.more), flush=True)
+            if self.ideal:
+                said["mfu"] = self.ideal / took["wall"]
+            print(json.dumps(said), flush=True)
             if len(self.losses) < self.steps:
                 self._await()
 
     def _await(self) -> None:
         if not sys.stdin.readline():
             os._exit(0)  # the bench is over
-        self.before = _reset_peak()
+        self.before, self.ideal = _reset_peak(), 0.0
         self.cpu, self.wall = _cpu(), time.perf_counter()
 
 
@@ -70,7 +72,7 @@ def embkit(about: dict[str, Any], gate: Gate) -> None:
 
         def on_step(self, step: int, line: Any, speed: Any) -> None:
             gate.losses.append(line["loss"])
-            gate.more = {"mfu": speed["mfu"]}
+            gate.ideal += speed["mfu"] * speed["seconds"]  # whose seconds have the gate's waiting
             gate.step()
 
     home = Path(about["home"])

@@ -260,6 +260,7 @@ def prefinetune(
     model: Annotated[str | None, typer.Option("--model", help="Model to start from.")] = None,
     settings: Settings = "quickstart",
     set_: Set = None,
+    fresh: Fresh = False,
 ) -> None:
     """Train on in-batch negatives."""
     from embkit import pipeline, train
@@ -268,7 +269,7 @@ def prefinetune(
     chosen = _settings(settings, set_)
     opened = Store(store)
     encoder = pipeline.start_encoder(chosen, opened, model=model)
-    train.prefinetune(encoder, opened, out=out, config=chosen.prefinetune)
+    train.prefinetune(encoder, opened, out=out, config=chosen.prefinetune, fresh=fresh)
     _done(out)
 
 
@@ -364,6 +365,7 @@ def finetune(
     ] = None,
     settings: Settings = "quickstart",
     set_: Set = None,
+    fresh: Fresh = False,
 ) -> None:
     """Train on single-task batches, with mined hard negatives when given."""
     from embkit import pipeline, train
@@ -379,6 +381,7 @@ def finetune(
         refresh=pipeline.miner(chosen, store),
         out=out,
         config=chosen.finetune,
+        fresh=fresh,
     )
     _done(out)
 

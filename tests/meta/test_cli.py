@@ -33,11 +33,11 @@ FROZEN = {
     "store merge": {"inputs", "--out"},
     "store append": {"store", "more", "--out"},
     "store subset": {"store", "--out", "--task", "--max-examples", "--seed"},
-    "prefinetune": {"store", "--out", "--model", "--recipe", "--set"},
+    "prefinetune": {"store", "--out", "--model", "--recipe", "--set", "--fresh"},
     "mine": {"model", "store", "--out", "--embeddings", "--memory", "--recipe", "--set"}
     | {"--explain", "--task", "--fresh"},
     "mix": {"model", "store", "--out", "--on", "--negatives", "--recipe", "--set"},
-    "finetune": {"model", "store", "--out", "--negatives", "--recipe", "--set"},
+    "finetune": {"model", "store", "--out", "--negatives", "--recipe", "--set", "--fresh"},
     "soup": {"runs", "--out", "--on", "--select"},
     "evaluate": {"model", "on", "--out"},
     "export": {"model", "--out"},

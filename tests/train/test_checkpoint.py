@@ -283,3 +283,29 @@ def test_order_and_strangers(tmp_path: Path) -> None:
     (tmp_path / "LATEST").unlink()
     found = load_latest(tmp_path)
     assert found is not None and found.state["step"] == 1_000_002
+
+
+def test_the_commands_forget_a_run_when_told(
+    store: Store, tiny_model: Path, tmp_path: Path
+) -> None:
+    """`--fresh`, which messages advise, of both training verbs; without it a finished run stays."""
+    from embkit import cli
+
+    settings = ["steps=2", "batch_size=6", "warmup_ratio=0", "tasks={retrieval=1.0}"]
+
+    def pre(*, fresh: bool = False) -> int:
+        changed = ["model.dims=[32,16]", *(f"prefinetune.{s}" for s in settings)]
+        cli.prefinetune(
+            store.path, tmp_path / "pre", model=str(tiny_model), set_=changed, fresh=fresh
+        )
+        return (tmp_path / "pre" / "manifest.json").stat().st_ino
+
+    def fine(*, fresh: bool = False) -> int:
+        changed = [f"finetune.{s}" for s in (*settings, "hard_negatives=0")]
+        cli.finetune(tiny_model, store.path, tmp_path / "fine", set_=changed, fresh=fresh)
+        return (tmp_path / "fine" / "manifest.json").stat().st_ino
+
+    for verb in (pre, fine):
+        first = verb()
+        assert verb() == first
+        assert verb(fresh=True) != first

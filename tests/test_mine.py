@@ -9,6 +9,7 @@ import os
 import random
 import re
 import shutil
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ import pytest
 from embkit import container, data
 from embkit.data import embeddings
 from embkit.errors import CorruptError, UsageError
-from embkit.mine import candidates_of, explain, load_negatives, mine, miner
+from embkit.mine import candidates_of, explain, load_negatives, mine, miner, work
 from embkit.model import Encoder
 from embkit.recipe import Model
 
@@ -328,21 +329,28 @@ def test_kills_and_block_sizes_do_not_show(
     want = files(mine(None, store, embeddings=vectors, out=tmp_path / "whole", **RULES))
     rng = random.Random(7)
     out, landed = tmp_path / "killed", Counter[int]()
+    write = work.save_block
+
+    def slowly(*given: Any) -> None:  # so that an aimed kill does not come after the end
+        write(*given)
+        time.sleep(0.02)
+
+    monkeypatch.setattr(work, "save_block", slowly)
+
+    def blocks() -> int:
+        try:  # the folder is renamed when the run is done
+            return len(list(tmp_path.glob(".partial-killed-*/blocks/0-*.safetensors")))
+        except FileNotFoundError:
+            return 0
+
     for _ in range(200 if os.environ.get("EMBKIT_TEST_FULL") else 12):
-        target = rng.randint(0, 5)
-
-        def blocks() -> int:
-            try:  # the folder is renamed when the run is done
-                return len(list(tmp_path.glob(".partial-killed-*/blocks/0-*.safetensors")))
-            except FileNotFoundError:
-                return 0
-
+        target = blocks() + rng.randint(0, 4)
         monkeypatch.setattr(miner, "MOST", rng.choice([64, 70, 90]))  # it changes from try to try
         killed = killing.attempt(
             lambda: mine(None, store, embeddings=vectors, out=out, **RULES),
             lambda target=target: blocks() >= target,  # type: ignore[misc]
             rng,
-            jitter=0.01,
+            jitter=0.02,
         )
         if killed:
             landed[blocks()] += 1

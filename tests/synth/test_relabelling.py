@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -173,10 +174,15 @@ def test_kills_change_no_byte(records: Any, encoder: Any, tmp_path: Path) -> Non
     run(llm=Fake(None, topic), out=tmp_path / "want")
     rng, landed = random.Random(3), 0
     shards = lambda: len(list(tmp_path.glob(".partial-got-*/shards/shard-*")))  # noqa: E731
+
+    def slowly(prompt: str, label: str) -> float:  # so that an aimed kill does not come late
+        time.sleep(0.002)
+        return topic(prompt, label)
+
     for _ in range(4):
         due = partial(lambda more: shards() >= more, shards() + rng.randrange(1, 3))
         landed += attempt(
-            lambda: run(llm=Fake(None, topic), out=tmp_path / "got"), due, rng, jitter=0.002
+            lambda: run(llm=Fake(None, slowly), out=tmp_path / "got"), due, rng, jitter=0.01
         )
     before = Fake(None, topic)
     left = 7 - shards()

@@ -13,14 +13,16 @@ import pytest
 import zstandard
 
 from embkit.bench import Reported
-from embkit.bench import recipes as group
+from embkit.bench import recipes_ablations as group
 from embkit.bench import recipes_data as real
-from embkit.bench.recipes_cells import Cell, Plan, World
+from embkit.bench import recipes_quality as contest
+from embkit.bench.recipes_cells import Cell, World
+from embkit.bench.recipes_rows import QUICK, REAL
 
 TINY = replace(
-    group.QUICK, model={**group.QUICK.model, "hidden": 16, "dims": (16, 8)}, vocab=300,
-    prefinetune={**group.QUICK.prefinetune, "steps": 2, "batch_size": 16},
-    finetune={**group.QUICK.finetune, "steps": 2, "batch_size": 8},
+    QUICK, model={**QUICK.model, "hidden": 16, "dims": (16, 8)}, vocab=300,
+    prefinetune={**QUICK.prefinetune, "steps": 2, "batch_size": 16},
+    finetune={**QUICK.finetune, "steps": 2, "batch_size": 8},
 )  # fmt: skip
 
 
@@ -91,10 +93,12 @@ def test_a_soup_is_the_mean_of_its_runs(world: World) -> None:
 
 def test_a_budget_sets_the_steps(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """The budget, less what was spent before, over the cost of a step in the probe."""
-    seen: list[int] = []
+    seen: list[tuple[int, str]] = []
 
-    def train(self: World, cell: Cell, settings: Any, out: Path, **_: Any) -> tuple[float, float]:
-        seen.append(settings["steps"])
+    def train(
+        self: World, cell: Cell, settings: Any, out: Path, begin: Path, **_: Any
+    ) -> tuple[float, float]:
+        seen.append((settings["steps"], begin.parent.name))
         return 0.5 + 0.1 * (settings["steps"] - 1), 0.5
 
     monkeypatch.setattr(World, "_train", train)
@@ -103,7 +107,16 @@ def test_a_budget_sets_the_steps(world: World, monkeypatch: pytest.MonkeyPatch) 
     for seed in (0, 1):
         world.result(Cell(train={"lr": 0.5}, mined=False, budget=60.0, seed=seed))
     want = round((60 - before - 0.5) / 0.1)
-    assert seen == [12, want, want]  # one probe for both seeds
+    assert seen == [(12, "pre"), (want, "pre"), (want, "pre")]  # one probe for both seeds
+    seen.clear()
+    first = {"share": 0.75, "batch_size": 32}
+    cell = Cell(train={"lr": 0.5, "first": first}, mined=False, budget=60.0, start="random")
+    found = world.result(cell)
+    long, short = (round((share * (60 - before) - 0.5) / 0.1) for share in (0.75, 0.25))
+    assert [steps for steps, _ in seen] == [12, long, 12, short]
+    assert seen[1][1] == "random" and seen[3][1] == f"{world.path(cell).stem}-first"
+    assert found["steps"] == long + short
+    assert found["cpu"] == pytest.approx(before + 0.1 * (long + short - 2) + 1.0, abs=0.01)
 
 
 @pytest.fixture(scope="module")
@@ -171,8 +184,7 @@ def test_noise_moves_positives_of_a_third(folder: Path, tmp_path: Path) -> None:
 
 
 def test_both_sides_try_as_many_settings() -> None:
-    assert len(group.GRID) == len(group.OURS) == 6
-    assert isinstance(group.REAL, Plan)
+    assert len(contest.GRID) == len(contest.OURS) == 6
 
 
 def test_the_table_says_what_the_interval_says() -> None:
@@ -208,11 +220,13 @@ def test_settings_of_every_row_are_settings() -> None:
     from embkit.recipe import Train
     from embkit.recipe.schema import build
 
-    plan = group.REAL
+    plan = REAL
     cells = [cell for one in group.ablations(plan).values() for cell in (one.on, one.off)]
-    cells += [group.our_cell(plan, more, 1.0) for more in group.OURS]
+    cells += [contest.our_cell(more, 1.0) for more in contest.OURS]
     for cell in cells:
         settings = {**plan.finetune, **cell.train, "tasks": {}}
+        first = settings.pop("first", {"share": 0.0})
+        build(Train, {k: v for k, v in {**plan.prefinetune, **first}.items() if k != "share"}, "")
         made = build(Train, settings, "cell")
         parts = [part.hard_negatives for part in made.parts]
         assert cell.mined == any([made.hard_negatives, *parts])

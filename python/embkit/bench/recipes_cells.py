@@ -80,7 +80,8 @@ class Cell:
     """One training and its scores.
 
     Attributes:
-        train: settings over the plan's ``finetune``. seed: of the training.
+        train: settings over the plan's ``finetune``; ``first`` in it are those of a stage before
+            it, over the plan's ``prefinetune``, with its ``share`` of the budget. seed: of both.
         form: of the store: plain, or a variant of :meth:`World.store`.
         start: "pre" or "random". mined: whether negatives are mined.
         widths: trained in place of the plan's. dims: scored; the full width when empty.
@@ -301,16 +302,21 @@ class World:
         """Remove everything."""
         shutil.rmtree(self.home, ignore_errors=True)
 
-    def _config(self, cell: Cell) -> dict[str, Any]:
-        """Settings of its training; tasks may be a rule of :meth:`Plan.mixture`."""
+    def _config(self, cell: Cell) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Settings of its training and of the stage before it, when ``train`` has a ``first``.
+
+        Tasks may be a rule of :meth:`Plan.mixture`; ``first`` also says its share of the budget.
+        """
         from embkit.data import Store
 
         settings = {**self.plan.finetune, **cell.train, "seed": cell.seed}
-        rule = settings.get("tasks")
-        if isinstance(rule, str):
-            sizes = Store(self.store(cell.form)).task_sizes
-            settings["tasks"] = self.plan.mixture(rule, sizes)
-        return settings
+        first = settings.pop("first", None)
+        stages = [settings, {**self.plan.prefinetune, **first, "seed": cell.seed} if first else {}]
+        for stage in stages:
+            if isinstance(stage.get("tasks"), str):
+                sizes = Store(self.store(cell.form)).task_sizes
+                stage["tasks"] = self.plan.mixture(stage["tasks"], sizes)
+        return stages[0], stages[1]
 
     def trained(self, cell: Cell) -> tuple[Path, dict[str, Any]]:
         """The cell's model, with the CPU seconds and steps of its training; scores play no part."""
@@ -326,32 +332,44 @@ class World:
 
     def _run(self, cell: Cell, out: Path) -> dict[str, Any]:
         """Train with embkit."""
-        settings = self._config(cell)
-        spent = 0.0
+        settings, first = self._config(cell)
+        begin, spent, share, steps = self.start(cell.start), 0.0, 1.0, []
         if cell.budget:
             spent = self.tokenizing()
-            fixed, step = self._probe(cell)
-            settings["steps"] = max(1, round((cell.budget - spent - fixed) / step))
-        used, _ = self._train(cell, settings, out)
-        about = {"cpu": round(spent + used, 2), "before": spent, "steps": settings["steps"]}
+        about: dict[str, Any] = {"before": spent}
+        if first:
+            share = 1 - first.pop("share")
+            if cell.budget:
+                first["steps"] = self._steps(cell, first, (1 - share) * (cell.budget - spent))
+            before = out.with_name(out.name + "-first")
+            used, _ = self._train(cell, first, before, begin, mined=False)
+            begin, spent = before / "model", spent + used
+            steps.append(first["steps"])
+        if cell.budget:
+            settings["steps"] = self._steps(cell, settings, share * (cell.budget - about["before"]))
+        used, _ = self._train(cell, settings, out, begin, mined=cell.mined)
+        about |= {"cpu": round(spent + used, 2), "steps": sum(steps) + settings["steps"]}
         if cell.mined:
             about["mining"] = self.cost(self.mined(cell.form))
         return about
 
-    def _probe(self, cell: Cell) -> tuple[float, float]:
-        """CPU seconds before the first step's end, and of a step; measured once for all seeds."""
-        out = self.home / "runs" / f"{self.path(replace(cell, seed=-1)).stem}-probe"
+    def _steps(self, cell: Cell, settings: Mapping[str, Any], budget: float) -> int:
+        """Steps that CPU seconds allow; a probe is made once for all seeds of a setting."""
+        asked = json.dumps([asdict(replace(cell, seed=-1)), dict(settings, seed=-1)])
+        out = self.home / "runs" / f"probe-{_rust.blake3(asked.encode())[:16]}"
         kept = out.with_name(out.name + ".json")
         if not kept.is_file():
-            settings = {**self._config(cell), "steps": PROBE}
-            used, first = self._train(replace(cell, seed=0), settings, out)
             out.parent.mkdir(parents=True, exist_ok=True)
+            probe = {**settings, "steps": PROBE, "seed": 0}
+            used, first = self._train(cell, probe, out, self.start(cell.start), mined=cell.mined)
             kept.write_text(json.dumps([first, (used - first) / (PROBE - 1)]))
         fixed, step = json.loads(kept.read_text())
-        return fixed, step
+        return max(1, round((budget - fixed) / step))
 
-    def _train(self, cell: Cell, settings: Mapping[str, Any], out: Path) -> tuple[float, float]:
-        """CPU seconds of the training, and of it until the end of the first step.
+    def _train(
+        self, cell: Cell, settings: Mapping[str, Any], out: Path, begin: Path, *, mined: bool
+    ) -> tuple[float, float]:
+        """CPU seconds of a training, and of it until the end of the first step.
 
         A run that was stopped begins again: what it had used is not known.
         """
@@ -367,13 +385,15 @@ class World:
                 self.at = self.at or cpu()
 
         options = {"dims": cell.widths} if cell.widths else {}
-        encoder = Encoder.from_pretrained(self.start(cell.start), **options)
-        store = self.store(cell.form)
-        mined = self.mined(cell.form) if cell.mined else None
+        negatives = self.mined(cell.form) if mined else None
+        store, made = (
+            self.store(cell.form),
+            build(Train, {"checkpoint_every": 10**6, **settings}, "cell"),
+        )
         first, begun = First(), cpu()
-        made = build(Train, {"checkpoint_every": 10**6, **settings}, "cell")
+        encoder = Encoder.from_pretrained(begin, **options)
         finetune(
-            encoder, store, negatives=mined, out=out, config=made, callbacks=[first], fresh=True
+            encoder, store, negatives=negatives, out=out, config=made, callbacks=[first], fresh=True
         )
         return cpu() - begun, first.at - begun
 

@@ -1,0 +1,90 @@
+"""The row `recipes.quality`: from raw pairs to a model in the same CPU seconds, beside
+sentence-transformers' best of six settings.
+
+Both start from the same random weights and have the same cleaned pairs, widths, tokenizer and
+lengths. Tokenization and every stage of the training are inside the budget, so that speed becomes
+steps. Each side chooses among six settings on dev/, with one seed; test/ is scored for the two
+that were chosen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
+from typing import Any
+
+import numpy as np
+
+from embkit.bench import Case
+from embkit.bench import recipes_data as real
+from embkit.bench.recipes_cells import Cell, World
+from embkit.bench.recipes_rows import REAL, case_of, found, world_of
+from embkit.bench.rivals import interpreter
+
+BUDGET = 150.0  # CPU seconds
+PAIRS = tuple(dict.fromkeys((*real.PRE, *real.FINE)))
+PLAN = replace(REAL, pre=(), fine=PAIRS, passage=256)
+
+# sentence-transformers' documented recipe, with what a user would try.
+GRID: tuple[Mapping[str, Any], ...] = (
+    {"batch": 64, "lr": 2e-3},
+    {"batch": 128, "lr": 1e-3},
+    {"batch": 128, "lr": 3e-3},
+    {"batch": 256, "lr": 3e-3},
+    {"batch": 128, "lr": 3e-3, "sampler": "round_robin"},
+    {"batch": 128, "lr": 3e-3, "labels": True},
+)
+FIRST = {"tasks": dict.fromkeys(real.PRE, 1.0), "batch_size": 256}
+OURS: tuple[Mapping[str, Any], ...] = (
+    {"batch_size": 256, "lr": 3e-3, "ema": 0.97},
+    {"batch_size": 256, "lr": 1e-3, "ema": 0.97, "first": {**FIRST, "share": 0.5}},
+    {"batch_size": 128, "lr": 1e-3, "ema": 0.97, "first": {**FIRST, "share": 0.7}},
+    {"batch_size": 256, "lr": 2e-3, "ema": 0.97, "first": {**FIRST, "share": 0.5}},
+    {"batch_size": 512, "lr": 3e-3, "ema": 0.95},
+    {"batch_size": 128, "lr": 3e-3, "ema": 0.97},
+)
+
+
+def our_cell(more: Mapping[str, Any], budget: float) -> Cell:
+    """One of our settings within a budget."""
+    train = {"tasks": "size, 0.8", "hard_negatives": 0, **more}
+    return Cell(train=train, mined=False, start="random", budget=budget)
+
+
+def quality(world: World, *, seeds: tuple[int, ...], budget: float) -> Case:
+    """Our model beside sentence-transformers' best of six, on the test sets."""
+    interpreter()  # says what to do where there is none
+    ours = [our_cell(more, budget) for more in OURS]
+    theirs = [Cell(peer=more, start="random", budget=budget) for more in GRID]
+    chosen, tried = {}, {}
+    for who, cells in (("embkit", ours), ("sentence-transformers", theirs)):
+        results = [world.result(cell) for cell in cells]
+        scores = [found([r], kinds=("retrieval",)).kinds for r in results]
+        chosen[who] = cells[int(np.argmax([s["retrieval"] for s in scores]))]
+        tried[who] = [
+            {"settings": dict(c.peer or c.train), "dev": s, "cpu": r["cpu"], "steps": r["steps"]}
+            for c, s, r in zip(cells, scores, results, strict=True)
+        ]
+    a, b = (
+        found(
+            [world.result(replace(chosen[who], seed=s, split="test")) for s in seeds],
+            kinds=("retrieval",),
+        )
+        for who in chosen
+    )
+    facts = {"tried": tried, "chosen": {w: asdict(c) for w, c in chosen.items()}, "budget": budget}
+    return case_of("recipes.quality", a, b, "sentence-transformers, best of 6", facts, ">= +1.0")
+
+
+def best_of_six(quick: bool) -> Case:
+    """The row of the quality goal."""
+    world, seeds = world_of(quick)
+    if not quick:
+        world = World(world.home / "quality", world.data, PLAN)
+    case = quality(world, seeds=seeds, budget=4.0 if quick else BUDGET)
+    case.close = world.close if quick else None
+    return case
+
+
+best_of_six.__name__ = "quality"
+CASES: tuple[Callable[[bool], Case], ...] = (best_of_six,)

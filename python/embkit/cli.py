@@ -102,12 +102,13 @@ def run(
 @app.command()
 def explain(
     recipe: Annotated[str, typer.Argument(help="Recipe file, or the name of a built-in one.")],
+    ranks: Annotated[int, typer.Option("--ranks", help="Processes that train together.")] = 1,
     set_: Set = None,
 ) -> None:
     """The resolved recipe with the origin of each value, and who is a negative of whom."""
     from embkit import pipeline
 
-    print(pipeline.explain(recipe, overrides=set_ or ()))
+    print(pipeline.explain(recipe, overrides=set_ or (), ranks=ranks))
 
 
 @app.command()

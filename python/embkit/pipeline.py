@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import torch
 
     from embkit.data import Records, Store
+    from embkit.losses import Known
     from embkit.model import Encoder
     from embkit.train import Miner
     from embkit.train.parallel import Ranks
@@ -494,9 +495,20 @@ def describe(recipe: Recipe, *, out: Path) -> str:
     return "\n".join(lines)
 
 
-def explain(source: Path | str, *, overrides: Sequence[str] = ()) -> str:
-    """The resolved recipe with the origin of each value, and who is a negative of whom."""
+def explain(source: Path | str, *, overrides: Sequence[str] = (), ranks: int = 1) -> str:
+    """The resolved recipe with the origin of each value, and who is a negative of whom.
+
+    Args:
+        source: a recipe's file, or the name of a built-in one. overrides: as for `--set`.
+        ranks: processes that train together.
+
+    Raises:
+        UsageError: ranks that are none.
+    """
     from embkit.losses import explain as candidates
+
+    if ranks < 1:
+        raise UsageError(f"--ranks {ranks}.", fix="give the number of processes, from 1")
 
     file = recipes.read_table(source)
     table: dict[str, Any] = {}
@@ -512,18 +524,38 @@ def explain(source: Path | str, *, overrides: Sequence[str] = ()) -> str:
         for key, item in value.items():
             origin = _origin((section, key), table, file)
             lines.append(f"{key} = {json.dumps(item)}  # {origin}")
-    kinds = {
-        name: recipes.RULES.get(task.convert.rule, task.kind)
-        for name, task in resolved.tasks.items()
-        if task.convert.on or task.kind != "auto"
-    }
+    tasks, complete = known_tasks(resolved)
     lines += ["", "Who is a negative of whom:"]
     for stage_name, config in (
         ("prefinetune", resolved.prefinetune),
         ("finetune", resolved.finetune),
     ):
-        lines += [f"[{stage_name}]", candidates(config, kinds)]
+        mined = stage_name == "finetune"  # comes after mining
+        about = {n: dataclasses.replace(t, mined=t.mined and mined) for n, t in tasks.items()}
+        told = candidates(config, about, complete=complete, ranks=ranks)
+        lines += [f"[{stage_name}]", told]
     return "\n".join(lines)
+
+
+def known_tasks(recipe: Recipe) -> tuple[dict[str, Known], bool]:
+    """The tasks of a recipe as `embkit explain` tells of them, and whether there are no others.
+
+    Those of its data folder, whose kinds the first rows say; without one, those that it names.
+    """
+    from embkit.data.sources import find, kind_of, of_tasks
+    from embkit.losses import Known
+
+    def about(name: str, kind: str) -> Known:
+        task = recipe.tasks.get(name, Task())
+        return Known(kind=kind, rule=task.convert.rule, mined=task.mined)
+
+    try:
+        files = training_files(data_folder(recipe))
+    except (UsageError, OSError):
+        named = {n: recipes.RULES.get(t.convert.rule, t.kind) for n, t in recipe.tasks.items()}
+        return {n: about(n, kind) for n, kind in named.items() if kind != "auto"}, False
+    sources = of_tasks(find(files, task=None, kind="auto"), recipe.tasks)
+    return {s.task: about(s.task, kind_of(s)) for s in sources}, True
 
 
 def _origin(keys: tuple[str, ...], overrides: Mapping[str, Any], file: Mapping[str, Any]) -> str:

@@ -18,7 +18,7 @@ LLM = ("--llm", "--llm-name", "--concurrency", "--cache", "--token-budget", "--r
 FROZEN = {
     "demo": {"--out", "--data", "--model", "--set", "--fresh"},
     "run": {"recipe", "--out", "--set", "--from", "--fresh", "--dry-run"},
-    "explain": {"recipe", "--set"},
+    "explain": {"recipe", "--ranks", "--set"},
     "dedup": {"sources", "--out", "--against", "--memory", "--recipe", "--set", "--fresh"},
     "filter": {"records", "--out", "--preset", "--set", "--languages", "--action", "--score-model"}
     | {"--min-score", "--fresh"},

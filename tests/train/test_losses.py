@@ -13,7 +13,7 @@ from naive_batches import Sides as Rows
 from naive_batches import TaskData, dense
 
 from embkit.errors import CorruptError, UsageError
-from embkit.losses import Sides, compute, explain
+from embkit.losses import Known, Sides, compute, explain
 from embkit.recipe import Dynamic, Loss, Part, Train
 
 DIMS = (12, 5)
@@ -206,12 +206,15 @@ def test_explain_of_the_default() -> None:
 retrieval: InfoNCE as gemini-v2, temperature 0.05, 64 rows of one task.
   in the denominator of a query: its positive, the 63 other rows' positives and its own
     3 hard negatives, drawn anew each epoch from those mined for it.
+  candidates of a query: 67, less what is masked, fewer where a row has fewer hard
+    negatives.
   not there: the 63 other queries; other rows' hard negatives.
-  masked: what is in the near-duplicate cluster of its positive, and what comes from a
-    row whose query is in its own cluster.
+  masked: rows whose query is in its query's near-duplicate cluster, or whose positive
+    is in its positive's; hard negatives in its positive's cluster.
 classification: InfoNCE as gemini-v2, temperature 0.05, 64 rows of one task.
   positive of a text: another text of its class, drawn anew each epoch.
   in the denominator of a query: its positive and the 63 other rows' positives.
+  candidates of a query: 64, less what is masked.
   not there: the 63 other queries.
   masked: texts of its own class.
 sts: CoSENT, scale 15, 64 pairs of one task.
@@ -227,35 +230,45 @@ FORM_TEXTS = {
     "gemini-v1": """\
   in the denominator of a query: the 3 other rows' positives and its own 2 hard
     negatives, the first of those mined for it.
+  candidates of a query: 5, less what is masked, fewer where a row has fewer hard
+    negatives.
   not there: its positive; the 3 other queries; other rows' hard negatives.
-  masked: what is in the near-duplicate cluster of its positive, and what comes from a
-    row whose query is in its own cluster.""",
+  masked: rows whose query is in its query's near-duplicate cluster, or whose positive
+    is in its positive's; hard negatives in its positive's cluster.""",
     "gecko": """\
   in the denominator of a query: its positive, the 3 other rows' positives, the 3 other
     queries and its own 2 hard negatives, the first of those mined for it.
+  candidates of a query: 9, less what is masked, fewer where a row has fewer hard
+    negatives.
   not there: other rows' hard negatives.
-  masked: what is in the near-duplicate cluster of its positive, and what comes from a
-    row whose query is in its own cluster.""",
+  masked: rows whose query is in its query's near-duplicate cluster, or whose positive
+    is in its positive's; hard negatives in its positive's cluster.""",
     "conan": """\
   in the denominator of a query: its positive and its own 2 hard negatives, the first of
     those mined for it.
+  candidates of a query: 3, less what is masked, fewer where a row has fewer hard
+    negatives.
   not there: the 3 other rows' positives; the 3 other queries; other rows' hard
     negatives.
-  masked: what is in the near-duplicate cluster of its positive.""",
+  masked: hard negatives in its positive's near-duplicate cluster.""",
     "qwen3": """\
   in the denominator of a query: its positive, the 3 other rows' positives, the 3 other
     queries and its own 2 hard negatives, the first of those mined for it.
   also there: the cosines of its positive with the 3 other rows' positives.
+  candidates of a query: 12, less what is masked, fewer where a row has fewer hard
+    negatives.
   not there: other rows' hard negatives.
-  masked: what is in the near-duplicate cluster of its positive, and what comes from a
-    row whose query is in its own cluster.
+  masked: rows whose query is in its query's near-duplicate cluster, or whose positive
+    is in its positive's; hard negatives in its positive's cluster.
   dropped, at each width: negatives with a cosine above its positive's plus 0.1.""",
     "embedding-gemma": """\
   in the denominator of a query: the 3 other rows' positives and its own 2 hard
     negatives, the first of those mined for it.
+  candidates of a query: 5, less what is masked, fewer where a row has fewer hard
+    negatives.
   not there: its positive; the 3 other queries; other rows' hard negatives.
-  masked: what is in the near-duplicate cluster of its positive, and what comes from a
-    row whose query is in its own cluster.
+  masked: rows whose query is in its query's near-duplicate cluster, or whose positive
+    is in its positive's; hard negatives in its positive's cluster.
   a hard negative with cosine s weighs exp(5 s).""",
 }
 
@@ -283,11 +296,14 @@ def test_explain_of_parts_and_of_what_is_added() -> None:
     )  # fmt: skip
     want = """\
 part 0, weight 1: faq.
-  retrieval: InfoNCE as gemini-v2, temperature learned from 0.02 on, 4 rows of one task.
+  faq (retrieval): InfoNCE as gemini-v2, temperature learned from 0.02 on, 4 rows of one task.
     in the denominator of a query: its positive, the 3 other rows' positives and the 2
       hard negatives of every row, drawn anew each epoch from those mined for it.
+    candidates of a query: 12, less what is masked, fewer where a row has fewer hard
+      negatives.
     not there: the 3 other queries.
-    masked: what is in the near-duplicate cluster of its positive.
+    masked: rows whose positive is in its positive's near-duplicate cluster; hard
+      negatives in its positive's cluster.
     dropped, at each width: negatives with a cosine above 95 % of its positive's.
     the mean of that and of the opposite direction, in the denominator of a positive: its
       query and the 3 other queries.
@@ -304,7 +320,8 @@ part 1, weight 0.8: graded.
     widths: 64 x 0.5; the others x 1.
     widths join one after another, the smallest first.
     added: 2 x the cosine distance of both sides from the teacher's vectors."""
-    assert explain(config, {"faq": "retrieval", "graded": "sts"}) == want
+    tasks = {"faq": Known(kind="retrieval"), "graded": Known(kind="sts")}
+    assert explain(config, tasks, complete=True) == want
 
 
 def test_bad_tables(table: Any) -> None:

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from embkit import _rust
 from embkit.data.convert import Counts, convert
 from embkit.data.tables import KINDS, task_name
 from embkit.errors import CorruptError, UsageError, nearest
@@ -103,6 +104,21 @@ def converted(source: Source, how: Conversion) -> Source:
             fix="leave its conversion out",
         )
     return replace(source, kind=RULES[how.rule], conversion=how)
+
+
+def kind_of(source: Source) -> str:
+    """The kind of a source's examples: as it is given, or as its first row's columns say.
+
+    Raises:
+        CorruptError: no row is of a kind.
+    """
+    if source.kind != "auto":
+        return source.kind
+    row = next((row for row in _rows(source) if row is not None), {})
+    builder = _rust.RecordsBuilder()
+    builder.add_lines(_line(row), source.name, source.task, source.kind)
+    kind: str = builder.finish()["examples"][0]["kind"]
+    return kind
 
 
 def _named_apart(sources: list[Source]) -> list[Source]:

@@ -1,14 +1,14 @@
-"""Fine-tuning as sentence-transformers documents it, within a budget of CPU seconds.
+"""Fine-tuning as sentence-transformers documents it.
 
     python recipes_peer.py FOLDER
 
 FOLDER has job.json: `start` (a model directory), `rows` (a JSON lines file per task), `dims`, and
 the settings: batch, lr, cached (CachedMultipleNegativesRankingLoss), hard (negatives per pair from
 `mine_hard_negatives`, 0 for none), sampler (proportional or round_robin), labels (whether labelled
-texts are trained as pairs of a class), scale, seed, budget, probe. Pairs are trained by
+texts are trained as pairs of a class), scale, seed, steps. Pairs are trained by
 MultipleNegativesRankingLoss, scored sentences by CoSENTLoss, each in MatryoshkaLoss; batches
-without duplicates; AdamW, linear rate after a tenth of warm-up. Steps are as many as fit the
-budget, by the time of the steps of a probe, which is not counted. Writes model/ and said.json.
+without duplicates; AdamW, linear rate after a tenth of warm-up. Writes model/ and said.json: CPU
+seconds of the training and until the end of its first step.
 """
 
 from __future__ import annotations
@@ -114,15 +114,9 @@ def main(folder: Path) -> None:
                 use_faiss=False, verbose=False,
             )  # fmt: skip
     mined = cpu() - begun
-    fixed = step = 0.0
-    steps = about.get("steps", 0)
-    if about["budget"]:
-        _, used, fixed = train(about, data, steps=about["probe"])
-        step = (used - fixed) / (about["probe"] - 1)
-        steps = max(1, round((about["budget"] - fixed) / step))
-    model, used, _ = train(about, data, steps=steps)
+    model, used, first = train(about, data, steps=about["steps"])
     model.save(str(folder / "model"))
-    said = {"cpu": round(used, 2), "mining": round(mined, 2), "steps": steps}
+    said = {"cpu": round(used, 3), "first": round(first, 3), "mining": round(mined, 2)}
     (folder / "said.json").write_text(json.dumps(said))
 
 

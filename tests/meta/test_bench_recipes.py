@@ -113,8 +113,8 @@ def test_a_budget_sets_the_steps(world: World, monkeypatch: pytest.MonkeyPatch) 
     cell = Cell(train={"lr": 0.5, "first": first}, mined=False, budget=60.0, start="random")
     found = world.result(cell)
     long, short = (round((share * (60 - before) - 0.5) / 0.1) for share in (0.75, 0.25))
-    assert [steps for steps, _ in seen] == [12, long, 12, short]
-    assert seen[1][1] == "random" and seen[3][1] == f"{world.path(cell).stem}-first"
+    assert [steps for steps, _ in seen] == [12, 12, long, short]
+    assert seen[2][1] == "random" and seen[3][1] == f"{world.path(cell).stem}-first"
     assert found["steps"] == long + short
     assert found["cpu"] == pytest.approx(before + 0.1 * (long + short - 2) + 1.0, abs=0.01)
 

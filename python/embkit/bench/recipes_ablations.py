@@ -70,7 +70,10 @@ def ablations(plan: Plan) -> dict[str, Ablation]:
         "matryoshka.full": Ablation(
             on=cut[0], off=cut[1], expected="as good (Gemini Embedding, Gecko)",
         ),
-        "format": Ablation(on=replace(base, form="prompted"), off=base, expected="better (Gecko)"),
+        "format": Ablation(
+            on=replace(base, form="prompted", start="pre-prompted"), off=base,
+            expected="better (Gecko)",
+        ),
         "prefinetune": Ablation(
             on=base, off=replace(base, start="random"),
             expected="better (Gemini Embedding, Gecko)",

@@ -83,7 +83,8 @@ class Cell:
         train: settings over the plan's ``finetune``; ``first`` in it are those of a stage before
             it, over the plan's ``prefinetune``, with its ``share`` of the budget. seed: of both.
         form: of the store: plain, or a variant of :meth:`World.store`.
-        start: "pre" or "random". mined: whether negatives are mined.
+        start: "random", "pre", or "pre-FORM", pre-finetuned on that form of the store. mined:
+            whether negatives are mined.
         widths: trained in place of the plan's. dims: scored; the full width when empty.
         budget: CPU seconds for tokenization and training, whose steps are then set by a probe; 0
             takes the steps of the settings.
@@ -176,10 +177,9 @@ class World:
         if name == "random":
             return out / "model"
         config = Train(**self.plan.prefinetune, tasks=dict.fromkeys(self.plan.pre, 1.0))
-        begin, trained = Encoder.from_pretrained(out / "model"), self.home / "pre"
-        self._timed(
-            trained, lambda: prefinetune(begin, self.store("plain"), out=trained, config=config)
-        )
+        begin, trained = Encoder.from_pretrained(out / "model"), self.home / name
+        store = self.store(name.removeprefix("pre").removeprefix("-") or "plain")
+        self._timed(trained, lambda: prefinetune(begin, store, out=trained, config=config))
         return trained / "model"
 
     def mined(self, form: str) -> Path:
@@ -333,35 +333,48 @@ class World:
     def _run(self, cell: Cell, out: Path) -> dict[str, Any]:
         """Train with embkit."""
         settings, first = self._config(cell)
-        begin, spent, share, steps = self.start(cell.start), 0.0, 1.0, []
+        begin, spent, about = self.start(cell.start), 0.0, {"before": 0.0}
         if cell.budget:
-            spent = self.tokenizing()
-        about: dict[str, Any] = {"before": spent}
+            spent = about["before"] = self.tokenizing()
+            settings["steps"], *earlier = self.steps(cell)
+            first |= {"steps": earlier[0]} if earlier else {}
         if first:
-            share = 1 - first.pop("share")
-            if cell.budget:
-                first["steps"] = self._steps(cell, first, (1 - share) * (cell.budget - spent))
+            first.pop("share")
             before = out.with_name(out.name + "-first")
             used, _ = self._train(cell, first, before, begin, mined=False)
             begin, spent = before / "model", spent + used
-            steps.append(first["steps"])
-        if cell.budget:
-            settings["steps"] = self._steps(cell, settings, share * (cell.budget - about["before"]))
         used, _ = self._train(cell, settings, out, begin, mined=cell.mined)
-        about |= {"cpu": round(spent + used, 2), "steps": sum(steps) + settings["steps"]}
+        steps = settings["steps"] + first.get("steps", 0)
+        about |= {"cpu": round(spent + used, 2), "steps": steps}
         if cell.mined:
             about["mining"] = self.cost(self.mined(cell.form))
         return about
 
-    def _steps(self, cell: Cell, settings: Mapping[str, Any], budget: float) -> int:
-        """Steps that CPU seconds allow; a probe is made once for all seeds of a setting."""
-        asked = json.dumps([asdict(replace(cell, seed=-1)), dict(settings, seed=-1)])
+    def steps(self, cell: Cell) -> list[int]:
+        """Steps of the cell's training, and of the stage before it, that its budget allows.
+
+        From a probe that is made once for all seeds of a setting: give it the machine alone.
+        """
+        if cell.peer is not None:
+            return [self._affordable(cell, dict(cell.peer), cell.budget)]
+        settings, first = self._config(cell)
+        budget = cell.budget - self.tokenizing()
+        share = first.pop("share") if first else 0.0
+        out = [self._affordable(cell, settings, (1 - share) * budget)]
+        return out + ([self._affordable(cell, first, share * budget)] if first else [])
+
+    def _affordable(self, cell: Cell, settings: dict[str, Any], budget: float) -> int:
+        asked = json.dumps([asdict(replace(cell, seed=0, budget=0)), settings | {"seed": 0}])
         out = self.home / "runs" / f"probe-{_rust.blake3(asked.encode())[:16]}"
         kept = out.with_name(out.name + ".json")
         if not kept.is_file():
             out.parent.mkdir(parents=True, exist_ok=True)
             probe = {**settings, "steps": PROBE, "seed": 0}
-            used, first = self._train(cell, probe, out, self.start(cell.start), mined=cell.mined)
+            used, first = (
+                self._train(cell, probe, out, self.start(cell.start), mined=cell.mined)
+                if cell.peer is None
+                else self._trained_by_peer(cell, probe, out)
+            )
             kept.write_text(json.dumps([first, (used - first) / (PROBE - 1)]))
         fixed, step = json.loads(kept.read_text())
         return max(1, round((budget - fixed) / step))
@@ -406,11 +419,16 @@ class World:
         return {"cpu": sum(about["cpu"] for _, about in members)}
 
     def _peer(self, cell: Cell, out: Path) -> dict[str, Any]:
-        """Train with sentence-transformers, in a process of its own."""
+        """Train with sentence-transformers."""
+        settings = {**dict(cell.peer or {}), "steps": self.steps(cell)[0], "seed": cell.seed}
+        used, _ = self._trained_by_peer(cell, settings, out)
+        return {"cpu": round(used, 2), "steps": settings["steps"]}
+
+    def _trained_by_peer(
+        self, cell: Cell, settings: Mapping[str, Any], out: Path
+    ) -> tuple[float, float]:
+        """CPU seconds of a training in a process of its own, and until its first step's end."""
         rows = peer.export(self.clean("plain"), self.home / "pairs", self.plan)
-        settings: dict[str, Any] = {**dict(cell.peer or {}), "seed": cell.seed, "probe": PROBE}
-        settings["budget"] = cell.budget
-        if cell.seed:  # its first seed has had the probe
-            first = self.trained(replace(cell, seed=0))[1]
-            settings |= {"budget": 0, "steps": first["steps"]}
-        return peer.run(self.start(cell.start), rows, out, settings, dims=self.plan.model["dims"])
+        begin, dims = self.start(cell.start), self.plan.model["dims"]
+        said = peer.run(begin, rows, out, settings, dims=dims)
+        return said["cpu"], said["first"]

@@ -68,7 +68,7 @@ def export(clean: Path, out: Path, plan: Any) -> Path:
 def run(
     model: Path, rows: Path, out: Path, settings: Mapping[str, Any], *, dims: Sequence[int]
 ) -> dict[str, Any]:
-    """Train; what the process says: cpu, steps and the rest.
+    """Train; what the process says: CPU seconds, and of them until the first step's end.
 
     Raises:
         NotInstalled: no `make rivals`. EmbkitError: it ended without a word.

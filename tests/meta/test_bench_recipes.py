@@ -16,7 +16,7 @@ from embkit.bench import Reported
 from embkit.bench import recipes_ablations as group
 from embkit.bench import recipes_data as real
 from embkit.bench import recipes_quality as contest
-from embkit.bench.recipes_cells import Cell, World
+from embkit.bench.recipes_cells import PROBE, Cell, World
 from embkit.bench.recipes_rows import QUICK, REAL
 
 TINY = replace(
@@ -107,13 +107,13 @@ def test_a_budget_sets_the_steps(world: World, monkeypatch: pytest.MonkeyPatch) 
     for seed in (0, 1):
         world.result(Cell(train={"lr": 0.5}, mined=False, budget=60.0, seed=seed))
     want = round((60 - before - 0.5) / 0.1)
-    assert seen == [(12, "pre"), (want, "pre"), (want, "pre")]  # one probe for both seeds
+    assert seen == [(PROBE, "pre"), (want, "pre"), (want, "pre")]  # one probe for both seeds
     seen.clear()
     first = {"share": 0.75, "batch_size": 32}
     cell = Cell(train={"lr": 0.5, "first": first}, mined=False, budget=60.0, start="random")
     found = world.result(cell)
     long, short = (round((share * (60 - before) - 0.5) / 0.1) for share in (0.75, 0.25))
-    assert [steps for steps, _ in seen] == [12, 12, long, short]
+    assert [steps for steps, _ in seen] == [PROBE, PROBE, long, short]
     assert seen[2][1] == "random" and seen[3][1] == f"{world.path(cell).stem}-first"
     assert found["steps"] == long + short
     assert found["cpu"] == pytest.approx(before + 0.1 * (long + short - 2) + 1.0, abs=0.01)

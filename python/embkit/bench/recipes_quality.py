@@ -3,7 +3,7 @@ sentence-transformers' best of six settings.
 
 Both start from the same random weights and have the same cleaned pairs, widths, tokenizer and
 lengths. Tokenization and every stage of the training are inside the budget, so that speed becomes
-steps: as many as fit by a probe of twelve. Each side chooses among six settings on dev/, with one
+steps: as many as fit by a probe of forty. Each side chooses among six settings on dev/, with one
 seed; test/ is scored for the two that were chosen.
 """
 

@@ -52,3 +52,28 @@ def direct(model: Any, tokenizer: Any, text: str) -> tuple[list[str], list[Any],
     values = [float(logs[i, token]) for i, token in enumerate(ids[1:])]
     spans = found["offset_mapping"]
     return [text[a:b] for a, b in spans], [None, *values], [a for a, _ in spans]
+
+
+@torch.inference_mode()
+def echo_with_best(model: Any, tokenizer: Any, text: str, before: int) -> dict[str, Any]:
+    """Echoed log-probabilities with the likeliest ASCII letters of each place.
+
+    ``before`` 1 takes a token's value from the token before it; 0 from itself, which is wrong.
+    """
+    found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    ids = found["input_ids"]
+    logs = model(torch.tensor([ids])).logits[0].double().log_softmax(1)
+    plain = [t for t in range(len(tokenizer)) if tokenizer.decode([t]).strip().isalpha()]
+    plain = [t for t in plain if tokenizer.decode([t]).isascii()]
+    values: list[Any] = []
+    tops: list[Any] = []
+    for i, token in enumerate(ids):
+        row = logs[i - before]
+        best = max(plain, key=lambda token: float(row[token]))
+        values.append(float(row[token]) if i else None)
+        tops.append({tokenizer.decode([best]): float(row[best])} if i else None)
+    spans = found["offset_mapping"]
+    return {
+        "tokens": [text[a:b] for a, b in spans], "token_logprobs": values, "top_logprobs": tops,
+        "text_offset": [a for a, _ in spans],
+    }  # fmt: skip

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from lm import direct
+from lm import direct, echo_with_best
 
 Fault = Callable[[str, dict[str, Any]], str]  # (path, body) -> name of a fault, or ""
 
@@ -20,7 +20,8 @@ class Loopback:
 
     Args:
         answer: text for a generation prompt.
-        likelihood: "echo", "prompt_logprobs", "first" or "": what the server can do.
+        likelihood: "echo", "prompt_logprobs", "first" or "": what the server can do. "best" is an
+            echo with the likeliest tokens, "shifted" one whose values are those after the token.
         fault: which fault a request meets. longest: tokens of a prompt.
 
     Attributes:
@@ -141,6 +142,10 @@ class Loopback:
         if len(self.tokenizer(text)["input_ids"]) > self.longest:
             return None
         choice: dict[str, Any] = {"text": self.answer(text), "finish_reason": "length"}
+        if body.get("echo") and self.likelihood in ("best", "shifted"):
+            choice["logprobs"] = echo_with_best(
+                self.model, self.tokenizer, text, int(self.likelihood == "best")
+            )
         if body.get("echo") and self.likelihood == "echo":
             tokens, values, starts = direct(self.model, self.tokenizer, text)
             choice["text"] = text + "!"

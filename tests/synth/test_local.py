@@ -57,6 +57,30 @@ def test_the_shared_prefix_goes_through_the_model_once(lm: Any) -> None:
         del local.model.forward
 
 
+def test_a_passage_goes_through_the_model_once_for_all_its_queries(lm: Any) -> None:
+    local, fed = Local(*lm), []
+    real = local.model.forward
+
+    def count(*args: Any, **kwargs: Any) -> Any:
+        fed.append(kwargs["input_ids"].numel())
+        return real(*args, **kwargs)
+
+    pairs = [
+        (f"{SHOTS}\n\nPassage: {w * 40}\nQuery:", f" {q} in the {q}")
+        for w in ("cat ", "a 文", "in t")
+        for q in ("the", "that", "文文", "the")
+    ]
+    local.model.forward = count
+    try:
+        found = local.loglikelihood(pairs)
+    finally:
+        del local.model.forward
+    for (prompt, continuation), one in zip(pairs, found, strict=True):
+        assert math.isclose(one.value, alone(lm, prompt, continuation), rel_tol=1e-5)
+    passages = sum(len(local._encode(p)[0]) for p, _ in pairs[::4])
+    assert sum(fed) < 1.3 * passages
+
+
 def test_special_tokens_in_a_text_are_text(lm: Any) -> None:
     local = Local(*lm)
     marks = set(local.tokenizer.all_special_ids)

@@ -51,6 +51,18 @@ def test_without_likelihoods_first_tokens_are_taken_and_nothing_is_made_up(lm: A
         assert Server(loop.url, "tiny", **FAST).likelihood == ""
 
 
+def test_echoed_values_that_belong_to_other_tokens_are_not_taken(lm: Any) -> None:
+    want = Local(*lm).loglikelihood(PAIRS)
+    with Loopback(*lm, likelihood="best") as loop:
+        server = Server(loop.url, "tiny", **FAST)
+        assert server.likelihood == "echo"
+        for got, one in zip(server.loglikelihood(PAIRS), want, strict=True):
+            assert math.isclose(got.value, one.value, rel_tol=1e-5)
+    with Loopback(*lm, likelihood="shifted") as loop:
+        server = Server(loop.url, "tiny", **FAST)
+        assert server.likelihood == "" and LOGLIKELIHOOD not in server.capabilities
+
+
 @pytest.mark.parametrize(
     "fault", ["down", "slow", "rate", "status", "html", "json", "truncated", "shape"]
 )

@@ -9,7 +9,7 @@ depend on the call alone.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,8 @@ from embkit.synth.llm import FIRST_TOKEN, GENERATE, LOGLIKELIHOOD, Completion, L
 
 _SLOT = "\x00embkit\x00"  # stands for the prompt in a chat template
 _LOGITS = 1 << 26  # numbers of a block of logits: 256 MiB
+_TREE = 512  # tokens of a tree: its attention is quadratic
+_SHARED = 8  # tokens from which rows are computed together
 
 
 class Local:
@@ -136,17 +138,23 @@ class Local:
         rows: dict[tuple[int, ...], list[int]] = {}
         for i, tokens in ids.items():
             rows.setdefault(tuple(tokens[len(prefix) :]), []).append(i)
+        shown = {row: max(len(targets[i]) for i in mine) for row, mine in rows.items()}
         past = self._past(prefix)
-        for batch in self._batches(list(rows), rows, targets):
-            for row, logits, start in self._forward(batch, rows, targets, past, len(prefix)):
+        grown = (
+            trees(shown, min(self.token_budget, _TREE))
+            if self._branches
+            else [Tree(r, [r]) for r in shown]
+        )
+        for batch in self._batches(grown, shown):
+            for row, logits in self._forward(batch, shown, past, len(prefix)):
                 for i in rows[row]:
-                    want = targets[i]
-                    at = len(row) - len(want) - start
-                    part = logits[at : at + len(want)].double()
-                    value = part.gather(1, torch.tensor(want, device=part.device)[:, None])[:, 0]
-                    total = float((value - part.logsumexp(1)).sum())
+                    want = torch.tensor(targets[i], device=logits.device)
+                    part = logits[len(logits) - len(want) :].float()
+                    value = part.gather(1, want[:, None])[:, 0] - part.logsumexp(1)
                     out[i] = Likelihood(
-                        value=total, tokens=len(want), prompt_tokens=len(prefix) + len(row) + 1
+                        value=float(value.double().sum()),
+                        tokens=len(want),
+                        prompt_tokens=len(prefix) + len(row) + 1,
                     )
         return [found or Likelihood(reason="empty") for found in out]
 
@@ -207,49 +215,67 @@ class Local:
             cache.update(keys.expand(rows, -1, -1, -1), values.expand(rows, -1, -1, -1), layer)
         return cache
 
-    def _batches(
-        self, keys: list[tuple[int, ...]], rows: Mapping[Any, list[int]], targets: Any
-    ) -> Iterator[list[tuple[int, ...]]]:
-        """Rows of like length, the longest first, within the token budget."""
-        most = {row: max(len(targets[i]) for i in rows[row]) for row in keys}
-        keys.sort(key=lambda row: (-len(row), -most[row], row))
+    @cached_property
+    def _branches(self) -> bool:
+        """Whether the model takes a mask of ours in all of its layers."""
+        config = self.model.config.get_text_config()
+        kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+        window = getattr(config, "sliding_window", None)
+        attention = getattr(config, "_attn_implementation", "")
+        return kinds == {"full_attention"} and not window and attention in ("sdpa", "eager")
+
+    def _batches(self, grown: list[Tree], shown: Mapping[Any, int]) -> Iterator[list[Tree]]:
+        """Trees of like length, the longest first, within the token budget."""
+        first = {id(tree): tree.first(shown) for tree in grown}
+        grown.sort(key=lambda tree: (-tree.length, first[id(tree)], tree.rows))
         vocabulary = int(self.model.config.get_text_config().vocab_size)
-        batch: list[tuple[int, ...]] = []
-        for row in keys:
-            longest = len(batch[0]) if batch else len(row)
-            shown = longest - min(len(r) - most[r] for r in [*batch, row])
+        batch: list[Tree] = []
+        for tree in grown:
+            longest = batch[0].length if batch else tree.length
+            kept = longest - min(first[id(t)] for t in [*batch, tree])
             full = (len(batch) + 1) * longest > self.token_budget
-            if batch and (full or (len(batch) + 1) * shown * vocabulary > _LOGITS):
+            if batch and (full or (len(batch) + 1) * kept * vocabulary > _LOGITS):
                 yield batch
                 batch = []
-            batch.append(row)
+            batch.append(tree)
         if batch:
             yield batch
 
     def _forward(
-        self, batch: Sequence[tuple[int, ...]], rows: Mapping[Any, list[int]], targets: Any,
+        self, batch: Sequence[Tree], shown: Mapping[Any, int],
         past: Sequence[tuple[Any, Any]], before: int,
-    ) -> Iterator[tuple[tuple[int, ...], torch.Tensor, int]]:  # fmt: skip
-        """Each row with logits [positions, vocabulary] from position ``start`` of the row on.
+    ) -> Iterator[tuple[tuple[int, ...], torch.Tensor]]:  # fmt: skip
+        """Each row with the logits of its last positions, as many as ``shown`` says.
 
         Padding is on the right: a causal model does not see it.
         """
-        longest = max(map(len, batch))
-        start = min(len(r) - max(len(targets[i]) for i in rows[r]) for r in batch)
+        device, longest = self.model.device, batch[0].length
+        start = min(tree.first(shown) for tree in batch)
         ids = torch.zeros(len(batch), longest, dtype=torch.long)
-        for i, row in enumerate(batch):
-            ids[i, : len(row)] = torch.tensor(row)
+        place = torch.arange(before, before + longest).repeat(len(batch), 1)
+        for i, tree in enumerate(batch):
+            ids[i, : tree.length] = torch.tensor(tree.tokens)
+            place[i, : tree.length] = before + torch.tensor(tree.places)
+        mask = None
+        if any(len(tree.rows) > 1 for tree in batch):
+            seen = torch.ones(len(batch), longest, before + longest, dtype=torch.bool)
+            seen[:, :, before:] = torch.stack([tree.seen(longest) for tree in batch])
+            mask = torch.zeros(seen.shape, dtype=self.model.dtype).masked_fill_(~seen, -math.inf)
+            mask = mask[:, None].to(device)
         cache = self._cache(past, len(batch)) if before else None
         logits = self.model(
-            input_ids=ids.to(self.model.device),
-            position_ids=torch.arange(before, before + longest, device=self.model.device)[None],
+            input_ids=ids.to(device),
+            attention_mask=mask,
+            position_ids=place.to(device) if mask is not None else place[:1].to(device),
             past_key_values=cache,
             use_cache=cache is not None,
             logits_to_keep=longest - start,
         ).logits
         self.usage.add(requests=1)
-        for row, found in zip(batch, logits, strict=True):
-            yield row, found, start
+        for tree, found in zip(batch, logits, strict=True):
+            for row, at in zip(tree.rows, tree.ends(), strict=True):
+                index = tree.index(row, at)[len(row) - shown[row] :]
+                yield row, found[torch.tensor(index, device=device) - start]
 
     # ------------------------------------------------------------ generation
 
@@ -351,6 +377,74 @@ class Local:
             mask = torch.cat([mask, mask.new_ones(n, 1)], 1)
             place = place[:, -1:] + 1
         return list(zip(found, ended, strict=True))
+
+
+class Tree:
+    """Rows that begin alike as one row of the model: what they share, then the rest of each.
+
+    Args:
+        shared: tokens that all begin with.
+        rows: distinct token rows.
+    """
+
+    def __init__(self, shared: Sequence[int], rows: list[tuple[int, ...]]) -> None:
+        self.stem, self.rows = len(shared), rows
+        self.tokens = [*shared, *(token for row in rows for token in row[self.stem :])]
+        self.places = [*range(self.stem), *(j for r in rows for j in range(self.stem, len(r)))]
+        self.length = len(self.tokens)
+
+    def ends(self) -> list[int]:
+        """Where the own part of each row begins."""
+        sizes = [len(row) - self.stem for row in self.rows]
+        return [self.stem + sum(sizes[:i]) for i in range(len(sizes))]
+
+    def index(self, row: tuple[int, ...], at: int) -> list[int]:
+        """Places of a row's tokens, its own part beginning at ``at``."""
+        return [*range(self.stem), *range(at, at + len(row) - self.stem)]
+
+    def first(self, shown: Mapping[Any, int]) -> int:
+        """The first place whose logits are asked for."""
+        return min(
+            self.index(row, at)[len(row) - shown[row]]
+            for row, at in zip(self.rows, self.ends(), strict=True)
+        )
+
+    def seen(self, longest: int) -> torch.Tensor:
+        """Which place [longest] sees which: earlier ones of its row; bool [longest, longest]."""
+        owner = torch.full((longest,), -1)
+        for i, (row, at) in enumerate(zip(self.rows, self.ends(), strict=True)):
+            owner[at : at + len(row) - self.stem] = i
+        owner[self.length :] = len(self.rows)  # padding sees padding
+        same = (owner[:, None] == owner[None]) | (torch.arange(longest) < self.stem)[None]
+        return same.tril()
+
+
+def trees(rows: Iterable[tuple[int, ...]], most: int) -> list[Tree]:
+    """Group rows so that what neighbours in their sorted order share is computed once.
+
+    A row joins while that saves tokens, up to ``most`` tokens in a tree.
+    """
+    out: list[Tree] = []
+    group: list[tuple[int, ...]] = []
+    same = total = 0  # tokens that the group shares, and tokens of its tree
+    for row in sorted(rows):
+        if group:
+            both = 0
+            for a, b in zip(group[-1][: same or None] if len(group) > 1 else group[0], row):  # noqa: B905
+                if a != b:
+                    break
+                both += 1
+            size = total + (len(group) - 1) * (same - both) + len(row) - both
+            joins = both * len(group) > same * (len(group) - 1) and size <= most
+            if joins and both >= _SHARED:
+                group.append(row)
+                same, total = both, size
+                continue
+            out.append(Tree(group[0][:same], group))
+        group, same, total = [row], len(row), len(row)
+    if group:
+        out.append(Tree(group[0][:same], group))
+    return out
 
 
 def _pick(logits: torch.Tensor, temperature: float, draws: Sequence[Any]) -> list[int]:

@@ -95,7 +95,10 @@ class Server:
         or, where it does not, ``""``."""
         for way in ("echo", "prompt_logprobs"):
             try:
-                self._likelihood(_PROBE, way)
+                if way == "echo":
+                    self._checked_echo()
+                else:
+                    self._likelihood(_PROBE, way)
             except (Rejected, UsageError):
                 continue
             return way
@@ -104,6 +107,34 @@ class Server:
         except (Rejected, UsageError):
             return ""
         return "first"
+
+    def _checked_echo(self) -> None:
+        """Ask for echoed values, and see that they belong to their tokens.
+
+        Some servers give, for a token, its probability after itself (llama-cpp-python, for models
+        without a first token). So: the likeliest token in the place of the probe's last one must
+        be the likeliest when it stands there. A server that names none is believed.
+
+        Raises:
+            Rejected, UsageError: no such values, or wrong ones.
+        """
+
+        def ask(last: str) -> tuple[dict[str, Any], tuple[str, float] | None]:
+            prompt, text = _PROBE[0], _PROBE[0] + last
+            return self._post(
+                "/completions", self._echo(text),
+                lambda said: (echoed(said, prompt, text), likeliest(said, prompt, text)),
+            )  # fmt: skip
+
+        _, best = ask(_PROBE[1])
+        if best is None or not best[0].strip() or "\ufffd" in best[0]:
+            return
+        found, again = ask(best[0])
+        if again is None:
+            return  # the text has other tokens there
+        alone = found["tokens"] == 1
+        if again[0] != best[0] or (alone and found["value"] < again[1] - 1e-3):
+            raise Rejected("shape")
 
     # ------------------------------------------------------------ generation
 
@@ -171,17 +202,18 @@ class Server:
 
     def _likelihood(self, pair: tuple[str, str], way: str) -> dict[str, Any]:
         prompt, text = pair[0], pair[0] + pair[1]
-        # One token is generated, and not counted: some servers take 0 for no limit.
-        body: dict[str, Any] = {
-            "model": self.name, "prompt": text, "max_tokens": 1, "temperature": 0.0,
-        }  # fmt: skip
-        if way == "echo":
-            body |= {"echo": True, "logprobs": 1}
-            read: Callable[..., Any] = echoed
-        else:
-            body |= {"prompt_logprobs": 0}
-            read = listed
+        body, read = self._echo(text), echoed
+        if way == "prompt_logprobs":
+            body = {k: v for k, v in body.items() if k not in ("echo", "logprobs")}
+            body, read = body | {"prompt_logprobs": 0}, listed
         return self._post("/completions", body, lambda payload: read(payload, prompt, text))
+
+    def _echo(self, text: str) -> dict[str, Any]:
+        # One token is generated, and not counted: some servers take 0 for no limit.
+        return {
+            "model": self.name, "prompt": text, "max_tokens": 1, "temperature": 0.0, "echo": True,
+            "logprobs": 1,
+        }  # fmt: skip
 
     def first_token(
         self, prompts: Sequence[str], choices: Sequence[str]
@@ -267,6 +299,22 @@ def text_of(payload: Any) -> dict[str, Any]:
 def echoed(payload: Any, prompt: str, text: str) -> dict[str, Any]:
     """Likelihood of ``text`` after ``prompt`` from completions with ``echo``."""
     said = payload["choices"][0]["logprobs"]
+    return _summed(_spans(said, prompt, text), said["token_logprobs"], prompt, text)
+
+
+def likeliest(payload: Any, prompt: str, text: str) -> tuple[str, float] | None:
+    """The likeliest token in the place after ``prompt``, if the server names it, and its value."""
+    said = payload["choices"][0]["logprobs"]
+    tops = said.get("top_logprobs") or []
+    for (start, _), top in zip(_spans(said, prompt, text), tops, strict=False):
+        if start == len(prompt) and top:
+            token = max(top, key=lambda name: float(top[name]))
+            return str(token), float(top[token])
+    return None
+
+
+def _spans(said: Any, prompt: str, text: str) -> list[tuple[int, int]]:
+    """Where each echoed token stands in the text."""
     tokens, values, starts = said["tokens"], said["token_logprobs"], said["text_offset"]
     if not len(tokens) == len(values) == len(starts) > 0 or starts != sorted(starts):
         raise Malformed("shape")
@@ -282,7 +330,7 @@ def echoed(payload: Any, prompt: str, text: str) -> dict[str, Any]:
             ]  # fmt: skip
             if wrong:
                 raise Malformed("shape")
-            return _summed(spans, values, prompt, text)
+            return spans
     raise Malformed("shape")
 
 

@@ -16,6 +16,7 @@ Model = Annotated[
     typer.Option("--llm", help="Address of an OpenAI-compatible server, or a model directory."),
 ]
 Name = Annotated[str | None, typer.Option("--llm-name", help="The model's name on the server.")]
+Gguf = Annotated[str | None, typer.Option("--gguf", help="A GGUF file inside the model directory.")]
 Plain = Annotated[bool, typer.Option("--plain", help="Completions, without a chat template.")]
 Concurrency = Annotated[int, typer.Option("--concurrency", help="Requests at a time.")]
 CacheFile = Annotated[
@@ -43,20 +44,26 @@ def synth(
     ] = None,
     llm: Model = None,
     llm_name: Name = None,
+    gguf: Gguf = None,
     plain: Plain = False,
     concurrency: Concurrency = 8,
     cache: CacheFile = None,
     token_budget: Budget = None,
     requests_per_minute: Rate = None,
     prompt: Annotated[
-        str, typer.Option("--prompt", help="gecko, swim-ir, qwen3, or a TOML file.")
+        str,
+        typer.Option("--prompt", help="gecko, swim-ir, qwen3, reviews, ... or a TOML file."),
     ] = "gecko",
     set_: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="NAME=A,B", help="Options of a control; repeatable."),
     ] = None,
+    sample: Annotated[int, typer.Option("--sample", help="Passages drawn; 0 takes all.")] = 0,
     per_passage: Annotated[int, typer.Option("--per-passage", help="Queries each.")] = 1,
-    temperature: Annotated[float, typer.Option("--temperature", help="0 is greedy.")] = 0.7,
+    temperature: Annotated[
+        float | None,
+        typer.Option("--temperature", help="0 is greedy (0.7; 0.9 for labelled texts)."),
+    ] = None,
     seed: Annotated[int, typer.Option("--seed", help="Of controls and sampling.")] = 0,
     rater: Annotated[
         str | None, typer.Option("--rater", help="Prompt that grades the queries, e.g. rater.")
@@ -65,7 +72,26 @@ def synth(
     personas: Annotated[
         Path | None, typer.Option("--personas", help="File of characters, one a line.")
     ] = None,
-    task: Annotated[str, typer.Option("--task", help="Name of the task.")] = "synthetic",
+    examples: Annotated[
+        int, typer.Option("--examples", help="Labelled texts or pairs to ask for.")
+    ] = 1000,
+    share: Annotated[
+        list[str] | None,
+        typer.Option("--share", metavar="LABEL=X", help="Share of a label; repeatable."),
+    ] = None,
+    list_: Annotated[
+        list[str] | None,
+        typer.Option("--list", metavar="NAME=FILE", help="A list's entries, one a line."),
+    ] = None,
+    min_fit: Annotated[
+        float, typer.Option("--min-fit", help="Least probability of a text's own label.")
+    ] = 0.5,
+    no_judge: Annotated[
+        bool, typer.Option("--no-judge", help="Take labelled texts without judging them.")
+    ] = False,
+    task: Annotated[
+        str | None, typer.Option("--task", help="Name of the task (synthetic, or the prompt's).")
+    ] = None,
     max_rejected: Annotated[
         float, typer.Option("--max-rejected", help="Share of items left unanswered.")
     ] = 0.05,
@@ -74,34 +100,76 @@ def synth(
     ] = False,
     fresh: Fresh = False,
 ) -> None:
-    """Let a language model write queries for passages."""
-    from embkit.synth import Personas, Write, write_queries
-    from embkit.synth.prompts import source
+    """Let a language model write queries for passages, or labelled texts and pairs."""
+    from embkit.synth import Labelled, Personas, Write, write_labelled, write_queries
+    from embkit.synth.passages import read_lines
+    from embkit.synth.prompts import load, source
 
     if show_prompt:
         print(source(prompt), end="")
         return
-    if not passages:
+    chosen = load(prompt)
+    if chosen.kind == "retrieval" and not passages:
         raise UsageError("There are no passages.", fix="embkit synth PASSAGES --llm URL --out DIR")
-    controls = {}
-    for item in set_ or []:
-        name, _, options = item.partition("=")
-        if not options:
-            raise UsageError(f"{item!r} is no NAME=A,B.", fix="e.g. language=German,French")
-        controls[name] = [option.strip() for option in options.split(",")]
-    how = Write(
-        prompt=prompt, per_passage=per_passage, controls=controls, temperature=temperature,
-        seed=seed, rater=rater, min_rating=min_rating, max_rejected=max_rejected,
-    )  # fmt: skip
-    backend = _backend(llm, llm_name, plain, concurrency, cache, token_budget, requests_per_minute)
-    done = write_queries(
-        [Path(p) for p in passages], llm=backend, out=out, how=how, task=task,
-        personas=None if personas is None else Personas.read(personas), fresh=fresh,
-    )  # fmt: skip
+    if chosen.kind != "retrieval" and passages:
+        raise UsageError(
+            f"The prompt {chosen.name!r} writes {chosen.kind} data, and takes no passages.",
+            fix="leave them out, or take a prompt for queries",
+        )
+    controls = {
+        name: [option.strip() for option in options.split(",")]
+        for name, options in _pairs("--set", set_, "language=German,French")
+    }
+    of_texts: dict[str, Any] = {} if temperature is None else {"temperature": temperature}
+    of_texts |= {"seed": seed, "controls": controls, "max_rejected": max_rejected}
+    backend = _backend(
+        llm, llm_name, gguf, concurrency, cache, token_budget, requests_per_minute, plain=plain
+    )
+    if chosen.kind == "retrieval":
+        how = Write(
+            prompt=chosen, sample=sample, per_passage=per_passage, rater=rater,
+            min_rating=min_rating, **of_texts,
+        )  # fmt: skip
+        done = write_queries(
+            [Path(p) for p in passages or ()], llm=backend, out=out, how=how,
+            task=task or "synthetic",
+            personas=None if personas is None else Personas.read(personas), fresh=fresh,
+        )  # fmt: skip
+    else:
+        labelled = Labelled(
+            prompt=chosen, examples=examples, min_fit=min_fit, judge=not no_judge,
+            shares={name: _number(x) for name, x in _pairs("--share", share, "positive=2")},
+            lists={name: read_lines(f) for name, f in _pairs("--list", list_, "persona=FILE")},
+            **of_texts,
+        )  # fmt: skip
+        done = write_labelled(llm=backend, out=out, how=labelled, task=task, fresh=fresh)
     report = done.report
     dropped = ", ".join(f"{n} x {why}" for why, n in report["dropped"].items()) or "none"
-    print(f"  {report['items']} items: {report['kept']} queries; dropped: {dropped}")
+    what = "queries" if chosen.kind == "retrieval" else "examples"
+    print(f"  {report['items']} items: {report['kept']} {what}; dropped: {dropped}")
+    for name, counts in report.get("labels", {}).items():
+        print(
+            f"    {name}: {counts['kept']} ({counts['share']:.1%}, wanted {counts['wanted']:.1%})"
+        )
     print(f"  wrote {out}")
+
+
+def _pairs(option: str, given: list[str] | None, example: str) -> list[tuple[str, str]]:
+    out = []
+    for item in given or []:
+        name, _, value = item.partition("=")
+        if not name or not value:
+            form = {"--set": "NAME=A,B", "--share": "LABEL=X"}.get(option, "NAME=FILE")
+            raise UsageError(f"{item!r} is no {form}.", where=option, fix=f"e.g. {example}")
+        out.append((name, value))
+    return out
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise UsageError(f"{text!r} is no number.", where="--share") from None
 
 
 def relabel(
@@ -110,6 +178,7 @@ def relabel(
     model: Annotated[str, typer.Option("--model", help="Embedder trained on these pairs.")],
     llm: Model = None,
     llm_name: Name = None,
+    gguf: Gguf = None,
     concurrency: Concurrency = 8,
     cache: CacheFile = None,
     token_budget: Budget = None,
@@ -133,7 +202,7 @@ def relabel(
         candidates=candidates, constant=constant, positive=positive, negative=negative,
         negatives=negatives, likelihood=likelihood, relevance=relevance, seed=seed,
     )  # fmt: skip
-    backend = _backend(llm, llm_name, False, concurrency, cache, token_budget, requests_per_minute)
+    backend = _backend(llm, llm_name, gguf, concurrency, cache, token_budget, requests_per_minute)
     done = run(data.read(records), model=model, llm=backend, out=out, how=how, fresh=fresh)
     for name, counts in done.report["tasks"].items():
         print(
@@ -148,6 +217,7 @@ def judge(
     out: Out,
     llm: Model = None,
     llm_name: Name = None,
+    gguf: Gguf = None,
     concurrency: Concurrency = 8,
     cache: CacheFile = None,
     token_budget: Budget = None,
@@ -169,7 +239,7 @@ def judge(
         prompts=tuple(prompt or ("relevance",)), min_positive=min_positive,
         max_negative=max_negative, action=action,
     )  # fmt: skip
-    backend = _backend(llm, llm_name, False, concurrency, cache, token_budget, requests_per_minute)
+    backend = _backend(llm, llm_name, gguf, concurrency, cache, token_budget, requests_per_minute)
     done = run(data.read(records), llm=backend, out=out, how=how, fresh=fresh)
     for name, counts in done.report["tasks"].items():
         print(
@@ -183,23 +253,17 @@ def judge(
 
 
 def _backend(
-    llm: str | None, name: str | None, plain: bool, concurrency: int, cache: Path | None,
-    token_budget: int | None, requests_per_minute: float | None,
+    llm: str | None, name: str | None, gguf: str | None, concurrency: int, cache: Path | None,
+    token_budget: int | None, requests_per_minute: float | None, *, plain: bool = False,
 ) -> Any:  # fmt: skip
     """A server for an address, else a model in this process."""
-    if llm is None:
-        raise UsageError(
-            "There is no language model.", fix="--llm http://HOST:PORT/v1, or --llm DIRECTORY"
+    from embkit.recipe import Llm
+    from embkit.synth import open_llm
+
+    return open_llm(
+        Llm(
+            model=llm, name=name, gguf=gguf, plain=plain, concurrency=concurrency,
+            cache=None if cache is None else str(cache), token_budget=token_budget,
+            requests_per_minute=requests_per_minute,
         )
-    if "://" in llm:
-        from embkit.synth import Server
-
-        return Server(
-            llm, name, chat=not plain, concurrency=concurrency, cache=cache,
-            token_budget=token_budget, requests_per_minute=requests_per_minute,
-        )  # fmt: skip
-    if cache or token_budget or requests_per_minute:
-        raise UsageError("Cache, budget and rate are those of a server.", where=llm)
-    from embkit.synth.local import Local
-
-    return Local(llm, chat=False if plain else None, name=name)
+    )  # fmt: skip

@@ -13,7 +13,9 @@ import typer.main
 
 from embkit.cli import app
 
-LLM = ("--llm", "--llm-name", "--concurrency", "--cache", "--token-budget", "--requests-per-minute")
+LLM = ("--llm", "--llm-name", "--gguf", "--concurrency", "--cache", "--token-budget") + (
+    "--requests-per-minute",
+)
 # verb -> its options and arguments
 FROZEN = {
     "demo": {"--out", "--data", "--model", "--set", "--fresh"},
@@ -24,6 +26,7 @@ FROZEN = {
     | {"--min-score", "--fresh"},
     "synth": {"passages", "--out", "--prompt", "--set", "--per-passage", "--temperature", "--seed"}
     | {"--rater", "--min-rating", "--personas", "--task", "--max-rejected", "--show-prompt"}
+    | {"--sample", "--examples", "--share", "--list", "--min-fit", "--no-judge"}
     | {"--plain", "--fresh", *LLM},
     "relabel": {"records", "--out", "--model", "--candidates", "--constant", "--positive"}
     | {"--negative", "--negatives", "--likelihood", "--relevance", "--seed", "--fresh", *LLM},

@@ -27,7 +27,7 @@ from embkit.synth import (
     prompts,
     write_queries,
 )
-from embkit.synth.parse import Invalid, read_answer, read_object, words
+from embkit.synth.parse import Invalid, read_answer, read_list, read_object, words
 from embkit.synth.passages import read_passages
 
 FAST: dict[str, Any] = {"backoff": 0.01, "timeout": 5.0}
@@ -52,15 +52,21 @@ def good(prompt: str, seed: int = 0) -> str:
 @pytest.mark.parametrize("name", prompts.names())
 def test_prompts_that_come_with_embkit_obey_their_own_form(name: str) -> None:
     prompt = prompts.load(name)
-    for step in prompt.steps:
+    judged = [prompt.judge] if prompt.judge else []
+    for step in (*prompt.lists, *prompt.steps, *judged):
         assert len(step.shots) >= 1
+        others = step.__class__(**{**step.__dict__, "shots": ()})
         for i, shot in enumerate(step.shots):
             text = step.render({**shot, "characters": "a; b"})
             assert text.startswith(step.instructions.strip())
-            if step.fields:
+            assert not re.search(r"\{\w+\}", text)
+            if step.items:
+                texts, mended = read_list(step._answer(shot), others)
+                assert not mended and not any(why for _, why in texts)
+                assert {why for _, why in read_list(step._answer(shot), step)[0]} == {"example"}
+            elif step.fields:
                 given = {n: [str(s[f]) for s in step.shots for f in (n,) if f in s] for n in shot}
                 options = {**prompt.controls, "characters": given.get("character", [])}
-                others = step.__class__(**{**step.__dict__, "shots": ()})
                 assert read_answer(step._answer(shot), others, options)[1] is False
                 if not all(field.of for field in step.fields.values()):
                     with pytest.raises(Invalid, match="example"):
@@ -68,6 +74,8 @@ def test_prompts_that_come_with_embkit_obey_their_own_form(name: str) -> None:
             if step.labels:
                 assert shot["label"] in step.labels
                 assert len({label.split()[0] for label in step.labels}) == len(step.labels)
+            if step in prompt.steps and prompt.labels:
+                assert prompt.labels[shot["label"]].about == shot["about"] if "label" in shot else 1
             assert i < 9
 
 

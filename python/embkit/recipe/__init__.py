@@ -15,6 +15,7 @@ from embkit.recipe.files import (
     save,
     to_table,
 )
+from embkit.recipe.llm import Llm
 from embkit.recipe.loss import Loss
 from embkit.recipe.mine import Dynamic, Rules
 from embkit.recipe.mix import Mix
@@ -25,6 +26,7 @@ from embkit.recipe.train import Part, Train, Watch
 from embkit.recipe.whole import Evaluate, Recipe, Soup
 
 __all__ = [
+    "Llm",
     "FORMATS",
     "RULES",
     "Conversion",

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from embkit.synth.backend import open_llm
 from embkit.synth.cache import Cache
 from embkit.synth.judging import Judge, judge
+from embkit.synth.labelled import Labelled, write_labelled
 from embkit.synth.llm import LLM, BackendError, Completion, Likelihood, Usage
 from embkit.synth.passages import Personas
 from embkit.synth.prompts import Prompt
@@ -17,6 +19,7 @@ __all__ = [
     "Cache",
     "Completion",
     "Judge",
+    "Labelled",
     "Likelihood",
     "Personas",
     "Prompt",
@@ -26,6 +29,8 @@ __all__ = [
     "Write",
     "fuse",
     "judge",
+    "open_llm",
     "relabel",
+    "write_labelled",
     "write_queries",
 ]

@@ -21,6 +21,7 @@ from embkit.data.tables import Examples, Texts, any_jagged, counts_of, keep_jagg
 from embkit.errors import UsageError
 from embkit.recipe.schema import one_of
 from embkit.stage import stage
+from embkit.synth.asking import retrieval_tasks
 from embkit.synth.llm import LLM
 from embkit.synth.prompts import Prompt, load, plain
 from embkit.synth.score import graded
@@ -34,6 +35,7 @@ class Judge:
     """What grades decide.
 
     Attributes:
+        tasks: retrieval tasks that are graded; all when empty.
         prompts: one or two prompts with labels, of the same scale.
         min_positive: positives with a lower grade go; an example without positives goes too.
         max_negative: negatives with a higher grade go.
@@ -41,6 +43,7 @@ class Judge:
         shard: pairs of a shard.
     """
 
+    tasks: tuple[str, ...] = ()
     prompts: tuple[str | Path | Prompt, ...] = ("relevance",)
     min_positive: float = 1.0
     max_negative: float = 2.0
@@ -80,15 +83,14 @@ def judge(
         "llm": llm.params(), "prompts": [prompt.digest for prompt in prompts],
         "min_positive": how.min_positive, "max_negative": how.max_negative,
         "action": how.action, "shard": how.shard,
+        **({"tasks": list(how.tasks)} if how.tasks else {}),
     }  # fmt: skip
     with stage(out, name="judge", params=params, inputs=[records.dir], kind=KIND,
                fresh=fresh) as work:  # fmt: skip
         if work.done:
             return Records.open(out)
         texts, tables = records.texts, records.tasks()
-        retrieval = {name: t for name, t in tables.items() if t.kind == "retrieval" and len(t)}
-        if not retrieval:
-            raise UsageError("These records have no retrieval task.", where=records.dir)
+        retrieval = retrieval_tasks(tables, how.tasks, records.dir)
         pairs = np.unique(np.concatenate([_pairs(t) for t in retrieval.values()]), axis=0)
 
         def grade(start: int, stop: int) -> list[Row]:

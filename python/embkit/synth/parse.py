@@ -9,6 +9,7 @@ from typing import Any
 
 from embkit.synth.prompts import Step
 
+_NUMBER = re.compile(r"^\s*(?:\d+[.)]|[-*•])\s+")
 _COMMA = re.compile(r",(\s*[}\]])")
 _WIDE = re.compile(r"[\u2e80-\u9fff\uac00-\ud7af\u3040-\u30ff\u0e00-\u0eff]")
 
@@ -61,6 +62,60 @@ def read_answer(
                for n, f in step.fields.items()):  # fmt: skip
             raise Invalid("example")
     return out, mended
+
+
+def read_list(text: str, step: Step) -> tuple[list[tuple[str, str]], bool]:
+    """The texts of a list: each with the reason why it cannot be used, empty when it can.
+
+    Args:
+        text: what the model wrote.
+        step: with ``items``; of the list the last ``tail`` is taken.
+
+    Returns:
+        The texts, and whether the answer had to be mended. Mended are also a list without its
+        object, numbers before entries, and a list that was cut: its whole entries stay.
+
+    Raises:
+        Invalid: ``not_json``: there is no list of texts.
+    """
+    ((name, field),) = step.fields.items()
+    found, mended = _entries(text, name)
+    copies = {_key(str(entry)) for shot in step.shots for entry in shot[name]}
+    out = []
+    for entry in found[len(found) - max(1, round(step.tail * len(found))) :]:
+        value = " ".join(_NUMBER.sub("", entry).split())
+        mended = mended or bool(_NUMBER.match(entry))
+        reason = "" if field.min_words <= words(value) <= field.max_words else "length"
+        out.append((value, "example" if _key(value) in copies else reason))
+    return out, mended
+
+
+def _entries(text: str, name: str) -> tuple[list[str], bool]:
+    """The strings of the list ``name``, or of the only list, of an answer."""
+    try:
+        found, mended = read_object(text)
+        lists = [v for v in found.values() if isinstance(v, list)]
+        value = found.get(name, lists[0] if len(lists) == 1 else None)
+        if isinstance(value, list) and value and all(isinstance(v, str) for v in value):
+            return value, mended or name not in found
+        raise Invalid("schema")
+    except Invalid:
+        if "[" not in text:
+            raise
+    at = text.find("[") + 1
+    out: list[str] = []
+    while True:
+        at += len(text[at:]) - len(text[at:].lstrip(" \t\r\n,"))
+        try:
+            one, at = json.JSONDecoder(strict=False).raw_decode(text, at)
+        except ValueError:  # the end, or where it was cut
+            break
+        if not isinstance(one, str):
+            raise Invalid("schema")
+        out.append(one)
+    if not out:
+        raise Invalid("not_json")
+    return out, True
 
 
 def read_object(text: str) -> tuple[dict[str, Any], bool]:

@@ -68,6 +68,22 @@ def _of_records(path: Path) -> list[str]:
     return [records.texts.get(int(row)) for row in np.unique(np.concatenate(rows))]
 
 
+def read_lines(path: Path | str) -> list[str]:
+    """The texts of a file with one a line; blank lines are none.
+
+    Raises:
+        CorruptError: there is none, or the file is no UTF-8.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise CorruptError("The file is no UTF-8.", where=path) from error
+    found = [" ".join(line.split()) for line in lines if line.strip()]
+    if not found:
+        raise CorruptError("The file has no line.", where=path, fix="one entry a line")
+    return found
+
+
 class Personas:
     """Characters by the passages that would interest them: word overlap, weighted by rarity.
 
@@ -83,7 +99,7 @@ class Personas:
     @classmethod
     def read(cls, path: Path | str) -> Personas:
         """One persona a line."""
-        return cls(Path(path).read_text(encoding="utf-8").splitlines())
+        return cls(read_lines(path))
 
     def near(self, passages: Sequence[str], k: int = 5) -> list[list[str]]:
         """The ``k`` best personas of each passage, ties by their order in the file."""

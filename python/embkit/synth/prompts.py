@@ -19,7 +19,7 @@ from embkit import _rust
 from embkit.errors import UsageError, nearest
 from embkit.recipe.schema import build, one_of, require
 
-_NAME = re.compile(r"\{([a-z_]+)\}")
+_NAME = re.compile(r"\{([a-z_][a-z0-9_]*)\}")
 # What models use to mark turns and texts.
 _MARKS = re.compile(r"<(?=[|/]?\w)|(?<=\|)>|\[(?=/?INST)|<(?=<SYS)|<(?=</SYS)")
 _PLAIN = {"<": "‹", ">": "›", "[": "("}
@@ -52,6 +52,9 @@ class Step:
         labels: texts and values of a graded answer; no fields then.
         answer: how an example's answer is shown when it is neither (query likelihood).
         max_tokens: of the answer.
+        items: the answer is a list of about so many texts of its one field; 0 is one answer. The
+            number is a variable, ``{items}``.
+        tail: share of a list that is used, from its end: what a model says first it always says.
         one_line: put every text on one line, so that it cannot look like a line of the prompt.
     """
 
@@ -62,15 +65,27 @@ class Step:
     labels: Mapping[str, float] = field(default_factory=dict)
     answer: str = ""
     max_tokens: int = 160
+    items: int = 0
+    tail: float = 1.0
     one_line: bool = False
 
     def __post_init__(self) -> None:
+        require(
+            self.items >= 0 and 0 < self.tail <= 1,
+            f"items = {self.items}, tail = {self.tail}: one is out of range.",
+            "items is at least 0, tail above 0 and at most 1",
+        )
+        require(
+            not self.items or len(self.fields) == 1,
+            "A list has one field, what its texts are.",
+            "give one [steps.fields]",
+        )
         kinds = [bool(self.fields), bool(self.labels), bool(self.answer)]
         require(sum(kinds) == 1, "A step has fields, or labels, or an answer.", "give one of them")
         for shot in self.shots:
             needed = {*_NAME.findall(self.item), *self.fields, *_NAME.findall(self.answer)}
             needed |= {"label"} if self.labels else set()
-            missing = sorted(needed - set(shot))
+            missing = sorted(needed - {"items"} - set(shot))
             require(
                 not missing, f"An example lacks {', '.join(missing)}.", "complete [[steps.shots]]"
             )
@@ -82,17 +97,22 @@ class Step:
             UsageError: a variable of ``item`` has no value.
         """
         parts = [self.instructions.strip()]
-        parts += [f"{self._fill(self.item, shot)} {self._answer(shot)}" for shot in self.shots]
+        for shot in self.shots:
+            # An example has as many items as it shows, not as many as are asked for.
+            given = {**shot, "items": len(shot[next(iter(self.fields))])} if self.items else shot
+            parts.append(f"{self._fill(self.item, given)} {self._answer(shot)}")
         parts.append(self._fill(self.item, values))
         return "\n\n".join(parts)
 
     def schema(self, options: Mapping[str, Sequence[str]]) -> dict[str, Any]:
         """JSON schema of the answer; fields whose options differ by item are free in it."""
+        list_of = {"type": "array", "items": {"type": "string"}}
         return {
             "type": "object",
             "properties": {
-                name: {"type": "string"}
-                | ({"enum": list(options[f.of])} if f.of in options else {})
+                name: list_of
+                if self.items
+                else {"type": "string"} | ({"enum": list(options[f.of])} if f.of in options else {})
                 for name, f in self.fields.items()
             },
             "required": list(self.fields),
@@ -102,12 +122,16 @@ class Step:
     def _answer(self, shot: Mapping[str, Any]) -> str:
         if self.labels:
             return str(shot["label"])
+        if self.items:
+            return json.dumps({n: list(shot[n]) for n in self.fields}, ensure_ascii=False)
         if self.fields:
             return json.dumps({name: str(shot[name]) for name in self.fields}, ensure_ascii=False)
         return self._fill(self.answer, shot)
 
     def _fill(self, template: str, values: Mapping[str, Any]) -> str:
         def value(match: re.Match[str]) -> str:
+            if match[1] == "items" and self.items:
+                return str(values.get("items", self.items))
             if match[1] not in values:
                 raise UsageError(
                     f"The prompt has a variable {{{match[1]}}} without a value; "
@@ -119,11 +143,75 @@ class Step:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Listing(Step):
+    """A list that is made before any text is: personas, products ... Its name is its field's.
+
+    Attributes:
+        calls: how often it is asked for; entries are joined. A list whose item has the variable of
+            an earlier list is asked for once for each entry of that one.
+    """
+
+    calls: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(
+            self.items > 0 and self.calls > 0, "A list needs items and calls.", "set items = 20"
+        )
+
+    @property
+    def name(self) -> str:
+        """The variable that stands for an entry."""
+        return next(iter(self.fields))
+
+    @property
+    def variables(self) -> list[str]:
+        """Names of the variables of its item."""
+        return _NAME.findall(self.item)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Label:
+    """A class, or a grade of likeness, that texts are written for.
+
+    Attributes:
+        share: of the texts; shares are taken by their sum.
+        about: what it means, the variable ``{about}``.
+        score: of pairs of this grade.
+    """
+
+    share: float = 1.0
+    about: str = ""
+    score: float | None = None
+
+    def __post_init__(self) -> None:
+        require(self.share >= 0, f"share = {self.share} is negative.", "give 0 or more")
+
+
+# The fields of the last step, by the kind of the examples.
+_MADE = {
+    "retrieval": {"query"},
+    "classification": {"text"},
+    "sts": {"sentence1", "sentence2"},
+}
+# What no list or control of such a prompt is called.
+_TAKEN = (
+    *("label", "about", "items", "text", "sentence1", "sentence2", "prompt", "model", "seed"),
+    *("request", "at", "reason", "tokens", "mended", "fit", "grade", "judged", "answer"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Prompt:
     """What a prompt file says.
 
     Attributes:
         name: for provenance.
+        kind: of what it writes: ``"retrieval"`` (queries of passages), or, without passages,
+            ``"classification"`` or ``"sts"``.
+        lists: made before the texts; one entry of each is a variable of a text's steps.
+        labels: that texts are written for, ``{label}``, with their shares.
+        judge: a step with grades that asks which label a text has.
         steps: questions one after the other; answers of earlier ones are variables of later ones.
         controls: options of variables that are drawn for each item, by name.
         digest: hex BLAKE3 of the content.
@@ -133,13 +221,58 @@ class Prompt:
     steps: tuple[Step, ...]
     controls: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     digest: str = ""
+    kind: str = "retrieval"
+    lists: tuple[Listing, ...] = ()
+    labels: Mapping[str, Label] = field(default_factory=dict)
+    judge: Step | None = None
 
     def __post_init__(self) -> None:
+        one_of("kind", self.kind, tuple(_MADE))
         require(bool(self.steps), "A prompt has no [[steps]].", "add one")
         for step in self.steps:
             for name, found in step.fields.items():
                 if found.of and found.of != "characters":
                     one_of(f"fields.{name}.of", found.of, tuple(self.controls))
+        if self.kind == "retrieval":
+            require(
+                not (self.lists or self.labels or self.judge),
+                "Lists, labels and a judge are those of prompts that write labelled texts.",
+                'set kind = "classification" or "sts"',
+            )
+            return
+        self._check_labels()
+
+    def _check_labels(self) -> None:
+        last, wanted = set(self.steps[-1].fields), _MADE[self.kind]
+        require(
+            last == wanted,
+            f"The last step of a prompt of kind {self.kind!r} has the fields {sorted(last)}.",
+            f"give it {' and '.join(sorted(wanted))}",
+        )
+        require(
+            all(not step.items for step in self.steps[:-1]),
+            "Only the last step may give a list.",
+            "leave items out of the others",
+        )
+        require(len(self.labels) > 1, "There are less than two labels.", "add [labels.NAME]")
+        names = [listing.name for listing in self.lists]
+        drawn = [*names, *self.controls]
+        require(
+            len({*drawn, *_TAKEN}) == len(drawn) + len(_TAKEN),
+            f"Lists and controls have names that are taken: {', '.join(drawn)}.",
+            f"give each its own, and none of {', '.join(_TAKEN)}",
+        )
+        scored = all(label.score is not None for label in self.labels.values())
+        require(
+            self.kind != "sts" or scored, "A grade has no score.", "add score to each [labels.NAME]"
+        )
+        if self.judge is not None:
+            require(
+                len(self.judge.labels) > 1
+                and (self.kind == "sts" or set(self.judge.labels) == set(self.labels)),
+                "The judge's labels are not those of the texts.",
+                "give [judge.labels] the names of [labels]",
+            )
 
     @property
     def graded(self) -> Step:

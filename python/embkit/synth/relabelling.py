@@ -29,6 +29,7 @@ from embkit.progress import bar
 from embkit.recipe.schema import one_of
 from embkit.search import Searcher
 from embkit.stage import stage
+from embkit.synth.asking import retrieval_tasks
 from embkit.synth.llm import LLM
 from embkit.synth.prompts import Prompt, Step, load, plain
 from embkit.synth.score import graded, query_likelihoods
@@ -42,6 +43,7 @@ class Relabel:
     """How passages are ranked and chosen.
 
     Attributes:
+        tasks: retrieval tasks that are relabelled, out of their own passages; all when empty.
         candidates: N, passages that the model ranks for a query.
         constant: c of the fusion.
         positive: ``"best"``: the first passage (Gecko); ``"seed"``: positives stay as they are,
@@ -52,6 +54,7 @@ class Relabel:
         token_budget: of the embedder's batches. shard: queries of a shard. seed: of random ones.
     """
 
+    tasks: tuple[str, ...] = ()
     candidates: int = 20
     constant: float = 0.0
     positive: str = "best"
@@ -126,7 +129,7 @@ def relabel(
         "llm": llm.params(), "embedder": score.params(), "likelihood": likelihood.digest,
         "relevance": relevance.digest, "candidates": how.candidates, "constant": how.constant,
         "positive": how.positive, "negative": how.negative, "negatives": how.negatives,
-        "shard": how.shard, "seed": how.seed,
+        "shard": how.shard, "seed": how.seed, **({"tasks": list(how.tasks)} if how.tasks else {}),
     }  # fmt: skip
     with stage(out, name="relabel", params=params, inputs=[records.dir], kind=KIND,
                fresh=fresh) as work:  # fmt: skip
@@ -150,9 +153,7 @@ def _run(
     grades: Step,
 ) -> None:  # fmt: skip
     texts, tables = records.texts, records.tasks()
-    retrieval = {name: t for name, t in tables.items() if t.kind == "retrieval" and len(t)}
-    if not retrieval:
-        raise UsageError("These records have no retrieval task.", where=records.dir)
+    retrieval = retrieval_tasks(tables, how.tasks, records.dir)
     jobs = _candidates(texts, retrieval, score, how, work.dir)
 
     def judge(start: int, stop: int) -> list[Row]:

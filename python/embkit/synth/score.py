@@ -42,8 +42,24 @@ def graded(
         llm: a backend with likelihoods, or with the likeliest first tokens.
         labels: text and value of each label.
     """
-    texts = [text for text, _ in labels]
     values = np.array([value for _, value in labels], np.float64)
+    weights, reasons = label_weights(llm, prompts, [text for text, _ in labels])
+    out = np.full(len(prompts), np.nan)
+    for i, weight in enumerate(weights):
+        if not reasons[i]:
+            out[i] = float((weight * values).sum() / weight.sum())
+    return out, reasons
+
+
+def label_weights(
+    llm: LLM, prompts: Sequence[str], labels: Sequence[str]
+) -> tuple[NDArray[np.float64], list[str]]:
+    """Weights of labels as continuations of each prompt, F64 [n, labels], the largest of a row 1.
+
+    A row divided by its sum is the model's distribution over the labels; a row of NaN has the
+    reason beside it.
+    """
+    texts = list(labels)
     able = llm.capabilities
     if LOGLIKELIHOOD in able:
         found = llm.loglikelihood([(p, " " + t) for p in prompts for t in texts])
@@ -60,10 +76,8 @@ def graded(
         logs = list(llm.first_token(prompts, texts))
     else:
         raise UsageError(f"{llm.name} gives no log-probabilities.", fix="take another backend")
-    reasons = [row if isinstance(row, str) else "" for row in logs]
-    out = np.full(len(prompts), np.nan)
+    out = np.full((len(prompts), len(texts)), np.nan)
     for i, row in enumerate(logs):
         if not isinstance(row, str):
-            weight = np.exp(np.array(row) - np.max(row))
-            out[i] = float((weight * values).sum() / weight.sum())
-    return out, reasons
+            out[i] = np.exp(np.array(row) - np.max(row))
+    return out, [row if isinstance(row, str) else "" for row in logs]

@@ -7,7 +7,6 @@ prompt grades what is left, as Gemini's auto-rater does.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,20 +15,18 @@ from typing import Any
 
 import numpy as np
 
-from embkit import _rust
-from embkit.data.records import KIND, Records, publish_records
-from embkit.data.tables import concatenate, from_builder, task_name
+from embkit.data.records import KIND, Records
+from embkit.data.tables import task_name
 from embkit.errors import CorruptError, UsageError
 from embkit.stage import stage
+from embkit.synth.asking import ask, check_answered, marked, publish_examples, seed_of
 from embkit.synth.llm import LLM
-from embkit.synth.parse import Invalid, read_answer
 from embkit.synth.passages import Personas, read_passages
-from embkit.synth.prompts import Prompt, Step, load
+from embkit.synth.prompts import Prompt, load
 from embkit.synth.score import graded
-from embkit.synth.shards import Row, finish, run_shards
+from embkit.synth.shards import Row, run_shards
 
 _SAMPLES = 5  # of each reason, in the report
-_FAULTS = ("refused", "shape", "empty", "too_long")  # rows that the backend could not answer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +35,7 @@ class Write:
 
     Attributes:
         prompt: name or file of the prompt.
+        sample: how many passages are drawn; 0 takes all.
         per_passage: queries of each passage, each with its own seed and controls.
         controls: options in the place of the prompt's own, by variable (``language = ["de"]``).
         temperature: of the model; 0 is greedy, and then a passage's queries differ by controls.
@@ -48,6 +46,7 @@ class Write:
     """
 
     prompt: str | Path | Prompt = "gecko"
+    sample: int = 0
     per_passage: int = 1
     controls: Mapping[str, Sequence[str]] | None = None
     temperature: float = 0.7
@@ -58,9 +57,10 @@ class Write:
     shard: int = 64
 
     def __post_init__(self) -> None:
-        if self.per_passage < 1 or self.shard < 1 or self.seed < 0 or self.temperature < 0:
+        least = min(self.seed, self.temperature, self.sample)
+        if self.per_passage < 1 or self.shard < 1 or least < 0:
             raise UsageError(
-                "per_passage, shard, seed or temperature is out of range.",
+                "per_passage, shard, seed, sample or temperature is out of range.",
                 fix="the first two are at least 1, the others at least 0",
             )
         if not 0 <= self.max_rejected <= 1:
@@ -99,7 +99,12 @@ def write_queries(
     rater = None if how.rater is None else load(how.rater)
     if rater is not None:
         rater.graded  # noqa: B018  wrong ones raise before work begins
-    if any(step.labels or step.answer for step in prompt.steps):
+    if prompt.kind != "retrieval":
+        raise UsageError(
+            f"The prompt {prompt.name!r} writes {prompt.kind} data, and takes no passages.",
+            fix="embkit synth --prompt NAME --examples N, without passages",
+        )
+    if any(step.labels or step.answer or step.items for step in prompt.steps):
         raise UsageError(f"The prompt {prompt.name!r} writes nothing.", fix="give its fields")
     if "query" not in prompt.steps[-1].fields:
         raise UsageError(f"The last step of {prompt.name!r} has no field 'query'.")
@@ -109,6 +114,9 @@ def write_queries(
             raise UsageError(f"The prompt {prompt.name!r} has no control {name!r}.")
         controls[name] = tuple(options)
     texts, files, memory = read_passages(passages)
+    if 0 < how.sample < len(texts):
+        drawn = np.random.default_rng(seed_of(how.seed, 0, "sample")).permutation(len(texts))
+        texts = [texts[i] for i in sorted(drawn[: how.sample].tolist())]
     params: dict[str, Any] = {
         "llm": llm.params(), "prompt": prompt.digest, "rater": rater and rater.digest,
         "controls": {name: list(found) for name, found in sorted(controls.items())},
@@ -116,6 +124,7 @@ def write_queries(
         "min_rating": how.min_rating if rater else None, "max_rejected": how.max_rejected,
         "shard": how.shard, "task": task_name(task), "memory": memory,
         "personas": personas and personas.texts,
+        **({"sample": how.sample} if how.sample else {}),
     }  # fmt: skip
     with stage(out, name="synth", params=params, inputs=files, kind=KIND, fresh=fresh) as work:
         if not work.done:
@@ -144,7 +153,7 @@ class _Writer:
         passages = [self.texts[i // self.how.per_passage] for i in items]
         characters = self.personas.near(passages) if self.personas else [[]] * len(passages)
         for i, passage, near in zip(items, passages, characters, strict=True):
-            seed = int.from_bytes(bytes.fromhex(_rust.blake3(f"{self.how.seed} {i}".encode())[:12]))
+            seed = seed_of(self.how.seed, i)
             draw = np.random.default_rng(seed)
             drawn = {n: o[int(draw.integers(len(o)))] for n, o in self.controls.items()}
             rows.append({"passage": i // self.how.per_passage, "seed": seed, "reason": "",
@@ -154,39 +163,13 @@ class _Writer:
                           ({"characters": "; ".join(near)} if near else {}))  # fmt: skip
             options.append({**self.controls, "characters": near})
         for step in self.prompt.steps:
-            self._ask(step, rows, values, options)
+            ask(step, rows, values, options, self.llm, self.controls, self.how.temperature)
         for row, value in zip(rows, values, strict=True):
             if not row["reason"]:
                 row |= {k: v for k, v in value.items() if k not in ("passage", "characters")}
                 row["reason"] = unfit(value["query"], value["passage"], self.prompt)
         self._grade(rows, values)
         return rows
-
-    def _ask(
-        self, step: Step, rows: list[Row], values: list[dict[str, str]], options: list[Any]
-    ) -> None:
-        live = [i for i, row in enumerate(rows) if not row["reason"]]
-        answers = self.llm.generate(
-            [step.render(values[i]) for i in live],
-            max_tokens=step.max_tokens,
-            temperature=self.how.temperature,
-            seeds=[rows[i]["seed"] % (1 << 31) for i in live],
-            schema=step.schema(self.controls),
-        )
-        for i, answer in zip(live, answers, strict=True):
-            rows[i]["tokens"][0] += answer.prompt_tokens
-            rows[i]["tokens"][1] += answer.completion_tokens
-            if answer.reason:
-                rows[i]["reason"] = answer.reason
-                continue
-            try:
-                found, mended = read_answer(answer.text, step, options[i])
-            except Invalid as error:
-                reason = "cut" if answer.cut and error.reason == "not_json" else error.reason
-                rows[i] |= {"reason": reason, "answer": answer.text[:500]}
-                continue
-            rows[i]["mended"] = rows[i]["mended"] or mended
-            values[i] |= found
 
     def _grade(self, rows: list[Row], values: list[dict[str, str]]) -> None:
         live = [i for i, row in enumerate(rows) if not row["reason"]]
@@ -212,18 +195,7 @@ def unfit(query: str, passage: str, prompt: Prompt) -> str:
     body = " ".join(passage.casefold().split())
     if folded == body or (len(folded.split()) > 20 and folded in body):
         return "copy"
-    marks = ("<passage", "</passage", "<|", "|>", "json:", "```")
-    lines = {
-        " ".join(line.casefold().split())
-        for step in prompt.steps
-        for line in step.instructions.splitlines()
-    }
-    if any(mark in folded for mark in marks) or any(
-        len(line) > 20 and (line in folded or (len(folded) > 20 and folded in line))
-        for line in lines
-    ):
-        return "prompt"
-    return ""
+    return "prompt" if marked(query, prompt) else ""
 
 
 def _publish(
@@ -231,7 +203,7 @@ def _publish(
 ) -> None:
     """Tables of what stays, and the report."""
     counts = Counter(row["reason"] or "kept" for row in rows)
-    failed = sum(counts[reason] for reason in _FAULTS)
+    said = check_answered(counts, len(rows), how.max_rejected)
     samples: dict[str, list[Any]] = {}
     for row in rows:
         if row["reason"] and len(samples.setdefault(row["reason"], [])) < _SAMPLES:
@@ -246,30 +218,11 @@ def _publish(
         "prompt": {"name": prompt.name, "digest": prompt.digest}, "model": llm.name,
         "samples": samples,
     }  # fmt: skip
-    said = ", ".join(f"{n} x {why}" for why, n in sorted(counts.items()))
-    if failed > how.max_rejected * len(rows):
-        raise CorruptError(
-            f"{failed} of {len(rows)} items were not answered, the limit is {how.max_rejected:.1%}"
-            f" ({said}).",
-            fix="see to the server or the length of the passages, or allow more with max_rejected",
-        )
     kept = [row for row in rows if not row["reason"]]
     if not kept:
         raise CorruptError(
             f"No query can be used ({said}).",
             fix="try the prompt on the model by hand; a small model needs a simpler one",
         )
-    source = f"{llm.name} {prompt.name} {prompt.digest[:16]}"
-    builder = _rust.RecordsBuilder(dir=str(work.dir))
-    lines = [
-        json.dumps({"query": row["query"], "positive": texts[row["passage"]]}, ensure_ascii=False)
-        for row in kept
-    ]
-    builder.add_lines(("\n".join(lines) + "\n").encode(), source, task, "retrieval")
-    content = builder.finish()
-    table = concatenate([from_builder(p, provenance=0) for p in content["examples"]])
-    body = "".join(json.dumps(row, sort_keys=True, ensure_ascii=False) + "\n" for row in rows)
-    _rust.publish_file(str(work.dir / "rows.jsonl"), body.encode())
-    finish(work.dir)
-    sources = [{"name": source, "form": "synth", "task": task, "kind": "retrieval"}]
-    publish_records(work, int(content["texts"]), {task: table}, sources, report)
+    lines = [{"query": row["query"], "positive": texts[row["passage"]]} for row in kept]
+    publish_examples(work, rows, lines, task=task, prompt=prompt, llm=llm, report=report)

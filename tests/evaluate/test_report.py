@@ -9,30 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from made_scores import scores
 
 from embkit.report import table, write_report
 from embkit.report.charts import Line, line_chart, nice_ticks, smooth
 
 EVIL = '<script>alert("x")</script>'
-
-
-def scores(base: float, *, bm25: bool = False) -> dict[str, Any]:
-    kinds = {"retrieval": "ndcg@10", "sts": "spearman", "classification": "accuracy"}
-    tasks: dict[str, Any] = {
-        f"{kind}/a": {
-            "type": kind,
-            "widths": {w: {name: base + i - 64 / int(w)} for w in ("128", "32")},
-        }
-        for i, (kind, name) in enumerate(kinds.items())
-    }
-    if bm25:
-        tasks["retrieval/a"]["bm25"] = {"ndcg@10": 83.91}
-    types = {
-        kind: {w: tasks[f"{kind}/a"]["widths"][w][name] for w in ("128", "32")}
-        for kind, name in kinds.items()
-    }
-    mean = {w: sum(types[k][w] for k in types) / 3 for w in ("128", "32")}
-    return {"tasks": tasks, "types": types, "mean": mean}
 
 
 @pytest.fixture

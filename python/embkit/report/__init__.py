@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from embkit.report.page import write_report
+from embkit.report.plots import load_results, save_plots
 from embkit.report.scores import table
 
-__all__ = ["table", "write_report"]
+__all__ = ["load_results", "save_plots", "table", "write_report"]

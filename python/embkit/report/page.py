@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from html import escape
 from pathlib import Path
@@ -11,9 +10,8 @@ from typing import Any
 
 from embkit.report import scores
 from embkit.report.charts import Line, line_chart, smooth
+from embkit.report.plots import COLORS, Plot, plots
 from embkit.report.style import CSS
-
-_COLORS = tuple(f"var(--c{i})" for i in range(1, 9))
 
 
 def write_report(
@@ -89,47 +87,20 @@ def _scores(result: Mapping[str, Any]) -> str:
     for split in scores.splits(result):
         body = [[name, *map(scores.number, cells)] for name, cells in scores.rows(result, split)]
         out.append(f"<h3>{escape(split)}</h3>" + _table(["", *scores.header(result, split)], body))
-        out.append(
-            f'<div class="charts">{_by_width(result, split)}{_by_stage(result, split)}</div>'
-        )
+        mean, *kinds, stages = plots(result, split)
+        out.append(f'<div class="charts">{_chart(mean)}{_chart(stages)}</div>')
+        inner = "".join(_chart(plot) for plot in kinds)
+        out.append(_details("By kind of task", f'<div class="charts">{inner}</div>'))
     return "".join(out)
 
 
-def _by_width(result: Mapping[str, Any], split: str) -> str:
-    xs = [float(w) for w in reversed(scores.widths(result))]
-    lines = []
-    for i, (name, found) in enumerate(result["scores"][split].items()):
-        if name == "untrained":  # far below: it would flatten the lines that matter
-            continue
-        ys = [float(found["mean"].get(str(int(x)), math.nan)) for x in xs]
-        lines.append(Line(name=name, x=xs, y=ys, color=_COLORS[i % len(_COLORS)], points=True))
-    ticks = [(x, str(int(x))) for x in xs]
-    chart = line_chart(lines, x_label="width", y_label="mean", x_ticks=ticks, log_x=True)
-    return _figure(f"Trained models over widths, {split}", chart)
-
-
-def _by_stage(result: Mapping[str, Any], split: str) -> str:
-    names = list(result["scores"][split])
-    full = scores.widths(result)[0]
-    xs = [float(i + 1) for i in range(len(names))]
-    lines = []
-    for i, kind in enumerate(scores.kinds(result, split)):
-        ys = [
-            float(result["scores"][split][n]["types"].get(kind, {}).get(full, math.nan))
-            for n in names
-        ]
-        title = scores.TITLES[kind]
-        lines.append(Line(name=title, x=xs, y=ys, color=_COLORS[i], points=True))
-    baseline = scores.bm25(result, split)
-    if baseline is not None:
-        ends = [xs[0], xs[-1]]
-        lines.append(
-            Line(name="BM25, nDCG@10", x=ends, y=[baseline] * 2, color="var(--muted)", dashed=True)
-        )
-    ticks = [(x, str(int(x))) for x in xs]
-    key = ", ".join(f"{i + 1} {name}" for i, name in enumerate(names))
-    chart = line_chart(lines, x_label="model", y_label="score", x_ticks=ticks)
-    return _figure(f"Stages at width {full}, {split}", chart + f'<p class="note">{escape(key)}</p>')
+def _chart(plot: Plot) -> str:
+    chart = line_chart(
+        plot.lines, x_label=plot.x_label, y_label=plot.y_label, x_ticks=plot.x_ticks,
+        log_x=plot.log_x,
+    )  # fmt: skip
+    note = f'<p class="note">{escape(plot.note)}</p>' if plot.note else ""
+    return _figure(plot.title, chart + note)
 
 
 def _curves(logs: Mapping[str, Path]) -> str:
@@ -143,7 +114,7 @@ def _curves(logs: Mapping[str, Path]) -> str:
             xs.append(float(entry["step"]))
             ys.append(float(entry["loss"]))
         for task, (xs, ys) in by_task.items():
-            color = _COLORS[i % len(_COLORS)]
+            color = COLORS[i % len(COLORS)]
             xs, ys = _thin(xs, smooth(ys, span=max(1, len(ys) // 40)))
             line = Line(name=run, x=xs, y=ys, color=color)
             groups.setdefault((family, task), []).append(line)

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from small import TINY, write_jsonl
+from small import TINY, full_count, write_jsonl
 
 from embkit import pipeline
 
@@ -224,3 +224,23 @@ def test_an_output_directory_of_something_else_is_left_alone(
     found = embkit("demo", "--data", str(small_data), "--out", str(tmp_path / "run"))
     assert found.returncode == 2
     assert (theirs / "thesis.txt").read_text() == "not yours"
+
+
+@pytest.mark.skipif(full_count(0, 1), reason="EMBKIT_TEST_FULL=1 searches a soup in a run")
+def test_a_searched_soup_mixed_with_its_start_is_what_is_exported(
+    done: Path, small_data: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(done, run)
+    chosen = ("soup.select=search", "soup.candidates=2", "soup.alpha=[0.5, 1.0]")
+    sets = [part for item in chosen for part in ("--set", item)]
+    finished = embkit("demo", "--data", str(small_data), "--out", str(run), *sets)
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    result = json.loads((run / "result.json").read_text())
+    mixed = result["soup"]["mixed"]
+    assert {t["alpha"] for t in mixed["alphas"]} == {0.5, 1.0} and mixed["base"]["run"] == "pre"
+    assert {"soup, search", "soup, mixed with the start"} <= set(result["scores"]["dev"])
+    best = result["scores"]["dev"]["soup, mixed with the start"]["mean"]["40"]
+    assert best == mixed["dev"] >= result["soup"]["search"]["dev"]
+    exported = json.loads((run / "model" / "embkit.json").read_text())["digest"]
+    assert exported == json.loads((run / "mixed" / "model" / "embkit.json").read_text())["digest"]

@@ -392,12 +392,53 @@ def soup(
     runs: Annotated[list[Path], typer.Argument(help="Training runs or model directories.")],
     out: Out,
     on: Annotated[Path | None, typer.Option("--on", help="Dev sets that judge a soup.")] = None,
-    select: Annotated[str, typer.Option("--select", help="greedy, uniform or slerp.")] = "greedy",
+    select: Annotated[
+        str, typer.Option("--select", help="greedy, uniform, slerp, search or best.")
+    ] = "greedy",
+    weights: Annotated[
+        str | None, typer.Option("--weights", help="Of the runs, e.g. 2,1,1: uniform and slerp.")
+    ] = None,
+    base: Annotated[
+        Path | None, typer.Option("--base", help="Model to mix the soup with, see --alpha.")
+    ] = None,
+    alpha: Annotated[
+        str, typer.Option("--alpha", help="Way from --base to the soup; of several the best.")
+    ] = "1",
+    checkpoints: Annotated[
+        str | None,
+        typer.Option("--checkpoints", help="Of each run in its place: last:5, all, or steps."),
+    ] = None,
+    method: Annotated[
+        str, typer.Option("--method", help="Of search: grid, dirichlet or bayes.")
+    ] = "bayes",
+    candidates: Annotated[int, typer.Option("--candidates", help="That search tries.")] = 16,
+    seed: Annotated[int, typer.Option("--seed", help="Of search.")] = 0,
+    fresh: Fresh = False,
 ) -> None:
-    """Average the weights of several runs."""
+    """Average the weights of several runs (docs/soup.md)."""
+    from embkit.recipe import Soup
     from embkit.soup import soup as make_soup
 
-    make_soup(runs, out=out, select=select, on=on)
+    make_soup(
+        runs,
+        out=out,
+        select=select,
+        on=on,
+        weights=_numbers(weights, "--weights") if weights is not None else None,
+        base=base,
+        alpha=_numbers(alpha, "--alpha"),
+        search=Soup(method=method, candidates=candidates, seed=seed),
+        checkpoints=checkpoints,
+        fresh=fresh,
+    )
+    report = json.loads((out / "report.json").read_text("utf-8"))
+    for parent in report["parents"]:
+        score = "" if parent["dev"] is None else f"  dev {parent['dev']:.2f}"
+        print(f"  {parent['weight']:.4f}  {parent['run']}{score}")
+    if "alpha" in report:
+        print(f"  alpha {report['alpha']:g} of the way from {report['base']['run']}")
+    if report["dev"] is not None:
+        print(f"  the soup: dev {report['dev']:.2f}")
     _done(out)
 
 
@@ -413,6 +454,20 @@ def evaluate(
 
     result = score(Encoder.from_pretrained(model), on, out=out)
     print(json.dumps(result, indent=1))
+
+
+@app.command()
+def plot(
+    results: Annotated[
+        list[Path], typer.Argument(help="A run, or directories that evaluate --out wrote.")
+    ],
+    out: Annotated[Path, typer.Option("--out", help="Directory of the PNG files.")],
+) -> None:
+    """Draw scores over widths, by kind of task and by stage, as PNG."""
+    from embkit.report import load_results, save_plots
+
+    for path in save_plots(load_results(results), out):
+        print(f"  {path}")
 
 
 @app.command()
@@ -454,9 +509,7 @@ def verify(
 
 @app.command()
 def bench(
-    group: Annotated[
-        str, typer.Argument(help="store, dedup, mine, kernels, train, recipes, synth or soup.")
-    ],
+    group: Annotated[str, typer.Argument(help="One of the groups in docs/benchmarks.md.")],
     json_: Annotated[
         Path | None, typer.Option("--json", help="Write the rows to this file too.")
     ] = None,
@@ -492,6 +545,14 @@ def _bytes(text: str) -> int:
         return int(float(text[:-1]) * unit) if unit else int(text)
     except (ValueError, OverflowError):
         raise UsageError(f"{text!r} is no size.", fix="write for example 500M or 2G") from None
+
+
+def _numbers(text: str, option: str) -> list[float]:
+    """Numbers with commas between them."""
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise UsageError(f"{text!r} is no list of numbers.", where=option, fix="2,1,1") from None
 
 
 def _done(out: Path) -> None:

@@ -7,7 +7,6 @@ was killed goes on where it stopped, and another search in the same place repeat
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,9 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from embkit import _rust
+from embkit import _rust, simplex
 from embkit.data.loader import as_store
 from embkit.data.mixture import weights_for
 from embkit.errors import UsageError
@@ -29,7 +27,6 @@ if TYPE_CHECKING:
 
 Mixture = dict[str, float]
 _LEAST = 0.01  # weight of a task in a mixture: less would need very long blocks of steps
-_POINTS = 2048  # mixtures among which "bayes" chooses
 
 
 def needs_one_process() -> None:
@@ -154,98 +151,12 @@ def fragment(result: Mapping[str, Any], keep: int) -> str:
 
 def _candidates(first: Mixture, mix: Mix, tried: Sequence[dict[str, Any]]) -> Iterator[Mixture]:
     """Mixtures to try, none twice; ``tried`` has the results of those before."""
-    if mix.method == "grid":
-        source = grid(first, mix.factors)
-    elif mix.method == "dirichlet":
-        source = itertools.chain([first], drawn(list(first), mix.seed, mix.concentration))
-    else:
-        source = _bayes(first, mix, tried)
-    seen: list[Mixture] = []
-    for weights in source:
-        if weights in seen:
-            continue
-        seen.append(weights)
-        yield weights
-        if len(seen) == mix.candidates:
-            return
-
-
-def grid(first: Mixture, factors: Sequence[float]) -> Iterator[Mixture]:
-    """A mixture, then it with one task's weight times each factor, then with two tasks' ..."""
-    for changes in range(len(first) + 1):
-        for names in itertools.combinations(first, changes):
-            for by in itertools.product(factors, repeat=changes):
-                change = dict(zip(names, by, strict=True))
-                yield normalised({name: w * change.get(name, 1.0) for name, w in first.items()})
-
-
-def drawn(names: Sequence[str], seed: int, concentration: float = 1.0) -> Iterator[Mixture]:
-    """Draws of a Dirichlet distribution, without end."""
-    rng = np.random.default_rng([seed, 0])
-    while True:
-        weights = rng.dirichlet(np.full(len(names), concentration))
-        yield normalised(dict(zip(names, weights.tolist(), strict=True)))
-
-
-def _bayes(first: Mixture, mix: Mix, tried: Sequence[dict[str, Any]]) -> Iterator[Mixture]:
-    """The first mixture and some draws, then where the expected improvement is largest."""
-    names = list(first)
-    yield first
-    yield from itertools.islice(drawn(names, mix.seed, mix.concentration), mix.initial)
-    rng = np.random.default_rng([mix.seed, 1])
-    while True:
-        known = np.array([[t["weights"][name] for name in names] for t in tried])
-        scores = np.array([t["dev"] for t in tried])
-        points = rng.dirichlet(np.full(len(names), mix.concentration), _POINTS)
-        # Half of them near the best: the share of the best that a draw keeps is drawn too.
-        pull = rng.random((_POINTS // 2, 1))
-        points[::2] = pull * known[scores.argmax()] + (1 - pull) * points[::2]
-        gain = expected_improvement(known, scores, points)
-        for i in np.argsort(-gain, kind="stable"):
-            chosen = normalised(dict(zip(names, points[i].tolist(), strict=True)))
-            if all(chosen != t["weights"] for t in tried):
-                break
-        yield chosen
-
-
-def expected_improvement(
-    known: NDArray[np.float64], scores: NDArray[np.float64], points: NDArray[np.float64]
-) -> NDArray[np.float64]:
-    """What a Gaussian process expects a point to gain over the best known score.
-
-    Args:
-        known: mixtures [n, tasks] with their ``scores`` [n]. points: mixtures [m, tasks].
-
-    Returns:
-        [m], in spreads of the scores.
-    """
-    import warnings
-
-    from scipy.stats import norm
-    from sklearn.exceptions import ConvergenceWarning
-    from sklearn.gaussian_process import GaussianProcessRegressor
-    from sklearn.gaussian_process.kernels import Matern, WhiteKernel
-
-    scale = scores.std() or 1.0
-    kernel = Matern(0.3, (0.05, 3.0), nu=2.5) + WhiteKernel(0.1, (1e-4, 1.0))
-    process = GaussianProcessRegressor(kernel)
-    with warnings.catch_warnings():  # a length at its bound is no fault with so few points
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        process.fit(known, (scores - scores.mean()) / scale)
-    mean, spread = process.predict(points, return_std=True)
-    spread = np.maximum(spread, 1e-9)
-    # The process's own value at the best point, not the score: that has noise.
-    above = mean - process.predict(known).max()
-    gain: NDArray[np.float64] = above * norm.cdf(above / spread) + spread * norm.pdf(above / spread)
-    return gain
+    return simplex.candidates(first, mix, tried, least=_LEAST)
 
 
 def normalised(weights: Mapping[str, float]) -> Mixture:
     """Weights that add up to 1, none too small to take part, with four digits."""
-    total = sum(weights.values())
-    raised = {name: max(w / total, _LEAST) for name, w in weights.items()}
-    total = sum(raised.values())
-    return {name: round(w / total, 4) for name, w in raised.items()}
+    return simplex.normalised(weights, least=_LEAST)
 
 
 # ---------------------------------------------------------------- steps to converge

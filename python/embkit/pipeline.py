@@ -51,7 +51,7 @@ _OUTPUTS = {
     "mine": ("mined",),
     "mix": ("mix",),
     "finetune": ("ft-*",),
-    "soup": ("soup", "uniform", "slerp"),
+    "soup": ("soup", "uniform", "slerp", "search", "mixed"),
     "evaluate": ("scores",),
     "export": ("model",),
 }
@@ -157,12 +157,24 @@ class _Run:
         self._stage("soup", "uniform and greedy, judged on dev")
         from embkit.soup import soup
 
+        chosen = recipe.soup
+        dev = self.data / "dev"
         soups = {
             "uniform": soup(tuned, out=out / "uniform", select="uniform"),
-            "greedy": soup(tuned, out=out / "soup", select="greedy", on=self.data / "dev"),
+            "greedy": soup(tuned, out=out / "soup", select="greedy", on=dev),
         }
-        if recipe.soup.select == "slerp":
-            soups["slerp"] = soup(tuned, out=out / "slerp", select="slerp")
+        if chosen.select not in soups:
+            soups[chosen.select] = soup(
+                tuned, out=out / chosen.select, select=chosen.select, search=chosen,
+                on=dev if chosen.select == "search" else None,
+            )  # fmt: skip
+        kept = chosen.select
+        if chosen.alpha != (1.0,):
+            kept = "mixed with the start"
+            soups[kept] = soup(
+                tuned, out=out / "mixed", select=chosen.select, search=chosen, on=dev,
+                base=out / "pre", alpha=chosen.alpha,
+            )  # fmt: skip
 
         self._stage("evaluate", "every width from one encode")
         models = {"start" if recipe.model.path else "untrained": start, "pre-finetuned": pre}
@@ -171,10 +183,10 @@ class _Run:
         result = self._scores(models, pre.device)
 
         self._stage("export", "sentence-transformers layout")
-        chosen = soups[recipe.soup.select].cpu()  # its check compares with the CPU
-        chosen.export(out / "model")
+        final = soups[kept].cpu()  # its check compares with the CPU
+        final.export(out / "model")
         result["export"] = {
-            "max_abs_difference": check_export(chosen, out / "model", _sample_texts(self.data)),
+            "max_abs_difference": check_export(final, out / "model", _sample_texts(self.data)),
             "limit": 2e-6,
         }
         self._finish(result)
@@ -258,7 +270,7 @@ class _Run:
             "scores": scores,
             "soup": {
                 name: _read_json(self.out / folder / "report.json")
-                for name, folder in (("uniform", "uniform"), ("greedy", "soup"))
+                for name, folder in self._soups().items()
             },
             "dedup": _read_json(self.out / "clean" / "report.json"),
             "mine": _read_json(self.out / "mined" / "report.json"),
@@ -268,6 +280,13 @@ class _Run:
                 else {}
             ),
         }
+
+    def _soups(self) -> dict[str, str]:
+        """Folders of the soups by what they are."""
+        found = {"uniform": "uniform", "greedy": "soup"}
+        chosen = self.recipe.soup
+        found.setdefault(chosen.select, chosen.select)
+        return found | ({"mixed": "mixed"} if chosen.alpha != (1.0,) else {})
 
     def _stage(self, name: str, about: str) -> None:
         if not self.ranks.first:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import json
 import shutil
@@ -14,16 +15,14 @@ import numpy as np
 import pytest
 from small import full_count
 
-from embkit import pipeline, recipe
+from embkit import pipeline, recipe, simplex
 from embkit.data import Store
 from embkit.errors import UsageError
 from embkit.evaluate import evaluate
 from embkit.mix import (
     _candidates,
     best,
-    drawn,
     fragment,
-    grid,
     normalised,
     search_mixture,
     steps_to_converge,
@@ -31,6 +30,9 @@ from embkit.mix import (
 from embkit.model import Encoder
 from embkit.recipe import Mix, Train
 from embkit.train import finetune
+
+drawn = functools.partial(simplex.drawn, least=0.01)
+grid = functools.partial(simplex.grid, least=0.01)
 
 FIRST = {"a": 0.5, "b": 0.3, "c": 0.2}
 FAST = Train(steps=2, batch_size=16, lr=5e-3, token_budget=2048, tasks={"retrieval": 3, "sts": 1})

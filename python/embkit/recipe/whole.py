@@ -17,12 +17,45 @@ from embkit.recipe.train import Train
 
 @dataclass(frozen=True, kw_only=True)
 class Soup:
-    """How fine-tuned runs are merged: greedy, uniform or slerp, judged on the dev sets."""
+    """How fine-tuned runs are merged, judged on the dev sets (docs/soup.md).
+
+    Attributes:
+        select: "greedy", "uniform", "slerp", or "search", which looks for weights.
+        alpha: how far from the model that fine-tuning began with to their average: 1 is the
+            average; of several the best on dev is taken.
+        candidates: weights that "search" tries, beside each run alone and their mean.
+        method: "grid" around equal weights, "dirichlet" draws, or "bayes", which goes on from
+            ``initial`` draws where a model of the scores expects the most.
+        factors: by which the grid changes weights, first of one run, then of two ...
+        initial: draws before the model of "bayes".
+        concentration: of the Dirichlet distribution; 1 is uniform, more is nearer to equal shares.
+        seed: of the draws.
+    """
 
     select: str = "greedy"
+    alpha: tuple[float, ...] = (1.0,)
+    candidates: int = 16
+    method: str = "bayes"
+    factors: tuple[float, ...] = (2.0, 0.5)
+    initial: int = 4
+    concentration: float = 1.0
+    seed: int = 0
 
     def __post_init__(self) -> None:
-        one_of("soup.select", self.select, ("greedy", "uniform", "slerp"))
+        one_of("soup.select", self.select, ("greedy", "uniform", "slerp", "search"))
+        one_of("soup.method", self.method, ("grid", "dirichlet", "bayes"))
+        require(
+            min(self.candidates, self.initial) > 0 and len(self.alpha) > 0,
+            f"soup.candidates = {self.candidates}, initial = {self.initial}, alpha = "
+            f"{list(self.alpha)}: one is out of range.",
+            "candidates and initial are at least 1, alpha has a number or more",
+        )
+        require(
+            self.concentration > 0 and all(f > 0 and f != 1 for f in self.factors),
+            f"soup.concentration = {self.concentration}, factors = {list(self.factors)}: one is "
+            "out of range.",
+            "give numbers above 0, and no factor of 1",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

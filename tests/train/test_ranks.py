@@ -61,6 +61,7 @@ BASE = {
     "balanced-apart-2": "balanced",
     "balanced-apart-4": "balanced",
     "ring": "retrieval",
+    "gecko-ring": "gecko",
     "nothing-kept": "retrieval",
     "shard": "retrieval",
     "shard-ring": "retrieval",

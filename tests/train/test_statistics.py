@@ -70,35 +70,40 @@ def cosine(a: torch.Tensor, b: torch.Tensor, d: int) -> float:
 
 def naive(batch: Any, e: torch.Tensor) -> dict[str, Any]:
     """Every candidate of every row, as a decision of its own."""
-    s, rows, rule = batch.sides, range(len(batch.query)), batch.loss.mask
+    s, rows, rule, terms = batch.sides, range(len(batch.query)), batch.loss.mask, batch.loss.terms()
     all_, masked = 0, 0
-    kept: dict[int, list[torch.Tensor]] = {i: [] for i in rows}
+    kept: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {i: [] for i in rows}
     for i in rows:
-        if batch.in_batch:
-            for j in rows:
-                if j != i:
-                    all_ += 1
-                    same = rule != "off" and s.positive_key[j] == s.positive_key[i]
-                    same = same or (rule == "keys" and s.query_key[j] == s.query_key[i])
-                    masked += bool(same)
-                    kept[i] += [] if same else [e[batch.positive[j]]]
-        for h in range(batch.hard.shape[1]):
-            if s.hard_mask[i, h]:
-                all_ += 1
-                same = rule != "off" and s.hard_key[i, h] == s.positive_key[i]
-                masked += bool(same)
-                kept[i] += [] if same else [e[batch.hard[i, h]]]
+        q, p = e[batch.query[i]], e[batch.positive[i]]
+        for j in rows:
+            same = rule != "off" and s.positive_key[j] == s.positive_key[i]
+            same = bool(same or (rule == "keys" and s.query_key[j] == s.query_key[i]))
+            theirs = [
+                (terms["in_batch"], (q, e[batch.positive[j]])),
+                (terms["same_tower"], (q, e[batch.query[j]])),
+                (terms["doc_doc"], (p, e[batch.positive[j]])),
+            ]
+            for there, pair in theirs:
+                if there and j != i:
+                    all_, masked = all_ + 1, masked + same
+                    kept[i] += [] if same else [pair]
+            for h in range(batch.hard.shape[1]):
+                if s.hard_mask[j, h] and (i == j or batch.loss.hard == "shared"):
+                    same_hard = bool(rule != "off" and s.hard_key[j, h] == s.positive_key[i])
+                    all_, masked = all_ + 1, masked + same_hard
+                    kept[i] += [] if same_hard else [(q, e[batch.hard[j, h]])]
     out: dict[str, Any] = {"masked": masked / all_, "accuracy": {}, "positive": {}, "negative": {}}
     for d in DIMS:
         pos = [cosine(e[batch.query[i]], e[batch.positive[i]], d) for i in rows]
-        neg = [[cosine(e[batch.query[i]], x, d) for x in kept[i]] for i in rows]
+        neg = [[cosine(a, b, d) for a, b in kept[i]] for i in rows]
         right = [pos[i] > max(neg[i]) + 1e-6 for i in rows if neg[i]]
         out["accuracy"][str(d)] = sum(right) / len(right)
         out["positive"][str(d)] = float(np.mean(pos))
         out["negative"][str(d)] = float(np.mean([x for row in neg for x in row]))
-        if batch.loss.margin is not None:
+        margin = batch.loss.terms()["margin"]
+        if margin is not None:
             unit = [abs(p) if batch.loss.margin_rule == "relative" else 1.0 for p in pos]
-            over = [x > pos[i] + batch.loss.margin * unit[i] for i in rows for x in neg[i]]
+            over = [x > pos[i] + margin * unit[i] for i in rows for x in neg[i]]
             out.setdefault("beyond_margin", {})[str(d)] = float(np.mean(over))
     return out
 
@@ -109,6 +114,8 @@ def naive(batch: Any, e: torch.Tensor) -> dict[str, Any]:
     [
         {}, {"in_batch": False}, {"mask": "positives"}, {"mask": "off", "temperature": 0.5},
         {"margin": -0.1}, {"margin": -0.3, "margin_rule": "relative"},
+        {"form": "gecko", "hard": "shared"}, {"form": "conan", "hard": "shared"},
+        {"form": "qwen3", "mask": "positives"}, {"in_batch": False, "doc_doc": True},
     ],
     ids=str,
 )  # fmt: skip
@@ -123,7 +130,7 @@ def test_pairs_with_negatives(
         got, want = measured((batch, e_RD))["t"], naive(batch, e_RD)
         assert got.pop("temperature") == settings.get("temperature", 0.05)
         assert got.pop("masked") == want.pop("masked")
-        if loss.margin is not None:
+        if loss.terms()["margin"] is not None:
             assert 0 < min(want["beyond_margin"].values()) < 1
         for name, by_width in want.items():
             assert got.pop(name) == pytest.approx(by_width, abs=1e-6), (name, seed)

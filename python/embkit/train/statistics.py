@@ -3,9 +3,10 @@
 Every ``log_every`` steps, from the embeddings that the step has anyway. For pairs with negatives,
 by width: how often the positive is nearer to its query than every candidate is (accuracy), and the
 mean cosines of positives and of negatives; and the share of candidates that keys mask, or of the
-others that a margin drops. Candidates are the other rows' passages, of all ranks, and own hard
-negatives. For graded pairs (STS): the mean cosine, and the share of comparisons (pairs of pairs
-with different scores) in the right order.
+others that a margin drops. Candidates are those of the task's loss: of other rows, on all ranks,
+the passages, the queries, the passages against the row's own (doc_doc), and hard negatives, own or
+those of all rows. For graded pairs (STS): the mean cosine, and the share of comparisons (pairs of
+pairs with different scores) in the right order.
 
 Everything is a sum over rows: parts of a task and ranks add up to the numbers of one process.
 """
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 _BLOCK = {"cpu": 1 << 20, "cuda": 1 << 24}  # cosines of a width at a time
 _TINY = 1e-20
+_NOWHERE = 1 << 40  # a first place that no row of a batch has
 _TIE = 1e-6  # a candidate as near as this is as near as the positive: a copy of it, say
 # Counts of a part, and then sums of each width.
 _COUNTS = ("rows", "compared", "candidates", "masked", "pairs", "ordered")
@@ -186,18 +188,38 @@ def _contrasted(batch: Batch, e_RD: torch.Tensor, dims: Sequence[int]) -> torch.
                 limit = positive_KB[k, rows] + terms["margin"] * unit_KB[k, rows]
                 found.of["beyond"][k] += (left & (cosine > limit[:, None])).sum()
 
-    for p_ND, key_N, query_N, there_N, start in _passages(batch, p_BD, key_B, query_B):
-        theirs, places = _norms(p_ND, dims), torch.arange(len(p_ND), device=device)
-        step = max(_BLOCK.get(device.type, _BLOCK["cpu"]) // len(p_ND), 1)
+    def meet_all(
+        own_BD: torch.Tensor, x_ND: torch.Tensor, there_N: torch.Tensor, same: Any, start: int
+    ) -> None:
+        """Rows [N, D] that stand against each of own ones, but for themselves."""
+        norms, theirs = _norms(own_BD, dims), _norms(x_ND, dims)
+        places = torch.arange(len(x_ND), device=device)
+        step = max(_BLOCK.get(device.type, _BLOCK["cpu"]) // len(x_ND), 1)
         for rows in (slice(at, at + step) for at in range(0, count, step)):
             at = torch.arange(count, device=device)[rows, None] + _start(batch) - start
-            same = _same(key_N, key_B[rows]) | _same(query_N, query_B[rows])
-            cosines = _cosines(q_BD[rows], p_ND, [n[rows] for n in norm], theirs, dims)
-            meet(rows, cosines, there_N & (places != at), same)
+            cosines = _cosines(own_BD[rows], x_ND, [n[rows] for n in norms], theirs, dims)
+            meet(rows, cosines, there_N & (places != at), same(rows))
+
+    for p_ND, q_ND, key_N, theirs_N, there_N, start in _others(batch, p_BD, q_BD, key_B, query_B):
+
+        def same(rows: slice, key: Any = key_N, query: Any = theirs_N) -> torch.Tensor:
+            return _same(key, key_B[rows]) | _same(query, query_B[rows])
+
+        if terms["in_batch"]:
+            meet_all(q_BD, p_ND, there_N, same, start)
+        if terms["same_tower"]:
+            meet_all(q_BD, q_ND, there_N, same, start)
+        if terms["doc_doc"]:
+            meet_all(p_BD, p_ND, there_N, same, start)
     if batch.hard.shape[1]:
-        h_BHD, same = e_RD[batch.hard.to(device)], _same(sides.hard_key.to(device), key_B)
-        whole = slice(0, count)
-        meet(whole, _private(q_BD, h_BHD, norm, dims), sides.hard_mask.to(device), same)
+        h_BHD, key_BH = e_RD[batch.hard.to(device)], sides.hard_key.to(device)
+        there_BH = sides.hard_mask.to(device)
+        if batch.loss.hard == "shared":
+            h_MD, key_M, there_M = _shared(batch, h_BHD, key_BH, there_BH)
+            meet_all(q_BD, h_MD, there_M, lambda rows: _same(key_M, key_B[rows]), _NOWHERE)
+        else:
+            cosines = _private(q_BD, h_BHD, norm, dims)
+            meet(slice(0, count), cosines, there_BH, _same(key_BH, key_B))
     found.count["rows"] += count
     found.count["compared"] += compared_B.sum()
     found.of["right"] += ((positive_KB > best_KB + _TIE) & compared_B).sum(1)
@@ -215,30 +237,49 @@ def _start(batch: Batch) -> int:
     return 0 if batch.share is None else batch.share.start
 
 
-def _passages(
-    batch: Batch, p_BD: torch.Tensor, key_B: torch.Tensor, query_B: torch.Tensor
-) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int]]:
-    """Blocks of all ranks' passages [N, D]: keys, their queries' keys, which are there, and the
-    place of the first. One block, or with ``gather = "ring"`` one of each rank; none without
-    negatives in the batch."""
-    share = batch.share
+def _others(
+    batch: Batch,
+    p_BD: torch.Tensor,
+    q_BD: torch.Tensor,
+    key_B: torch.Tensor,
+    query_B: torch.Tensor,
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int]]:
+    """Blocks of all ranks' passages and queries [N, D]: keys of both, which rows are there, and the
+    place of the first. One block, or with ``gather = "ring"`` one of each rank; none where a loss
+    has no negatives in the batch. Queries are those of this rank where no loss asks for more."""
+    share, terms = batch.share, batch.loss.terms()
     there = torch.ones(len(p_BD), dtype=torch.bool, device=p_BD.device)
-    if not batch.in_batch:
+    if not (terms["in_batch"] or terms["same_tower"] or terms["doc_doc"]):
         return
+    width = p_BD.shape[1]
+    both = torch.cat([p_BD, q_BD], 1) if terms["same_tower"] else p_BD
     if share is None:
-        yield p_BD, key_B, query_B, there, 0
+        yield p_BD, q_BD, key_B, query_B, there, 0
     elif not share.ring:
-        yield (*share.gather(p_BD, key_B, query_B), 0)  # type: ignore[misc]
+        both, key_N, query_N, there_N = share.gather(both, key_B, query_B)
+        yield both[:, :width], both[:, width:], key_N, query_N, there_N, 0
     else:
-        p_ND = p_BD.new_zeros(share.rows, p_BD.shape[1])
-        p_ND[: len(p_BD)] = p_BD
+        x_ND = both.new_zeros(share.rows, both.shape[1])
+        x_ND[: len(both)] = both
         about = key_B.new_full((3, share.rows), -1)
-        about[:, : len(p_BD)] = torch.stack([key_B, query_B, there.to(key_B.dtype)])
+        about[:, : len(both)] = torch.stack([key_B, query_B, there.to(key_B.dtype)])
         for i in range(share.world):
             if i:
-                p_ND, about = (share.pass_on(x)() for x in (p_ND, about))
+                x_ND, about = (share.pass_on(x)() for x in (x_ND, about))
             owner = (share.ranks.rank + i) % share.world
-            yield p_ND, about[0], about[1], about[2] > 0, owner * share.rows
+            first = owner * share.rows
+            yield x_ND[:, :width], x_ND[:, width:], about[0], about[1], about[2] > 0, first
+
+
+def _shared(
+    batch: Batch, h_BHD: torch.Tensor, key_BH: torch.Tensor, there_BH: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Hard negatives of all rows, on all ranks: [M, D], their keys and which are there."""
+    count, _, width = h_BHD.shape
+    if batch.share is None:
+        return h_BHD.reshape(-1, width), key_BH.reshape(-1), there_BH.reshape(-1)
+    flat, key, there, rows = batch.share.gather(h_BHD.reshape(count, -1), key_BH, there_BH)
+    return flat.reshape(-1, width), key.reshape(-1), (there & rows[:, None]).reshape(-1)
 
 
 def _graded(batch: Batch, e_RD: torch.Tensor, dims: Sequence[int]) -> torch.Tensor:

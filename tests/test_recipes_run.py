@@ -135,6 +135,8 @@ def test_twenty_steps_of_the_paper_s_form(
     name: str, folder: Path, tmp_path: Path, start_model: Any
 ) -> None:
     more = [f"model.path={start_model(FAMILY[name])}"]
+    if name == "qwen3":
+        more.append("tokenizer.end_token=[SEP]")
     if name == "conan-v2":
         more.append("model.soft_mask_steps=10")
     loaded = tiny(name, *more)
@@ -156,7 +158,7 @@ def test_twenty_steps_of_the_paper_s_form(
 def test_the_small_forms_change_sizes_and_nothing_of_the_method() -> None:
     """Forms of the losses, conversions, prompts, rules and parts are those of the paper's file."""
     sizes = {
-        "tokenizer": {"max_length_query", "max_length_passage"},
+        "tokenizer": {"max_length_query", "max_length_passage", "end_token"},
         "model": {
             "path", "bidirectional", "soft_mask_steps", "new_head", "hidden", "layers", "heads",
             "intermediate", "dims", "projection_hidden", "pooling",

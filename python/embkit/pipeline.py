@@ -433,6 +433,7 @@ def tokenizer_options(recipe: Recipe, kinds: Mapping[str, str]) -> dict[str, Any
         "max_length_passage": t.max_length_passage,
         "prompts": t.prompts("retrieval"),
         "task_prompts": recipe.task_prompts(kinds),
+        "end_token": t.end_token,
         "prompt_dropout": any(
             train.prompt_dropout > 0
             for train in (recipe.prefinetune, *map(recipe.run_config, range(len(recipe.runs))))
@@ -474,6 +475,8 @@ def start_encoder(recipe: Recipe, store: Store, *, model: str | None = None) -> 
         return Encoder.from_config(recipe.model, store.path / "tokenizer", **sides)
     m = recipe.model
     sides |= {"dims": m.dims, "pooling": m.pooling, "tuning": Tuning.from_recipe(m)}
+    if t.end_token:  # the model's own tokenizer does not have it
+        sides["tokenizer"] = store.path / "tokenizer"
     if not m.include_prompt:
         sides["include_prompt"] = False
     if model is None:  # a model that is given has had its changes

@@ -40,6 +40,7 @@ def tokenize(
     prompts: Mapping[str, str] | None = None,
     task_prompts: Mapping[str, Mapping[str, str]] | None = None,
     prompt_dropout: bool = False,
+    end_token: str = "",
     on_long: str = "truncate",
     backend: str = "auto",
     fresh: bool = False,
@@ -57,6 +58,8 @@ def tokenize(
             retrieval task, ``text`` of the others.
         prompt_dropout: keep every text without its prompt too, for training that leaves prompts
             out at random.
+        end_token: a token of the vocabulary to put behind each text, e.g. ``"<|endoftext|>"``; the
+            store's tokenizer has it in its post-processor.
         on_long: ``"truncate"`` cuts texts above their limit and counts them; ``"error"`` publishes
             nothing when there is one.
         backend: ``"auto"`` takes the fast path where it knows the tokenizer (docs/tokenizers.md),
@@ -76,6 +79,8 @@ def tokenize(
     if min(max_length_query, max_length_passage) < 3:
         raise UsageError("A text needs room for 3 tokens.", fix="raise max_length_*")
     given = vocabulary.load_tokenizer(tokenizer) if tokenizer is not None else None
+    if given and end_token:
+        given = vocabulary.ending_with(given[0], end_token), given[1]
     records = as_directory(records, out)
     params: dict[str, Any] = {
         "tokenizer": _rust.blake3(given[0].encode()) if given else None,
@@ -88,6 +93,8 @@ def tokenize(
         params["task_prompts"] = {task: dict(sides) for task, sides in task_prompts.items()}
     if prompt_dropout:
         params["prompt_dropout"] = True
+    if end_token and given is None:  # of a tokenizer that is given, its digest says it
+        params["end_token"] = end_token
     if on_long == "error":  # a finished store that was cut must not pass for one that was not
         params["on_long"] = on_long
     with stage(
@@ -112,6 +119,8 @@ def _run(records: Records, given: Any, params: dict[str, Any], work: Any, backen
         with bar("Train tokenizer", total=len(texts), unit="texts") as progress:
             given = vocabulary.train_wordpiece(texts, vocab_size=params["vocab_size"]), {}
             progress.update(len(texts))
+        if "end_token" in params:
+            given = vocabulary.ending_with(given[0], params["end_token"]), {}
     tokenizer_json, config = given
     plain = "prompt_dropout" in params
     named = params.get("task_prompts", {})

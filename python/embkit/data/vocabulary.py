@@ -91,6 +91,49 @@ def canonical(tokenizer_json: str) -> str:
     return json.dumps(content, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
 
 
+def ending_with(tokenizer_json: str, token: str) -> str:
+    """The tokenizer with a token behind each text, as Qwen3-Embedding has ``<|endoftext|>``.
+
+    It stands in the post-processor, so that whoever loads the file appends it, and cutting a text
+    leaves room for it. A tokenizer that ends its texts so already is returned as it is.
+
+    Raises:
+        UsageError: the vocabulary has no such token, or the post-processor is of a kind that ends
+            texts in its own way.
+    """
+    tokenizer = Tokenizer.from_str(tokenizer_json)
+    number = tokenizer.token_to_id(token)
+    if number is None:
+        raise UsageError(
+            f"The tokenizer has no token {token!r}.",
+            where="tokenizer.end_token",
+            fix="give a token of its vocabulary as it is spelled there",
+        )
+    if tokenizer.encode("a").ids[-1:] == [number]:
+        return tokenizer_json
+    content = json.loads(tokenizer_json)
+    post = content["post_processor"] or {"type": "Sequence", "processors": []}
+    parts = post["processors"] if post["type"] == "Sequence" else [post]
+    last = parts[-1] if parts and parts[-1]["type"] == "TemplateProcessing" else None
+    if any(part["type"] not in ("ByteLevel", "TemplateProcessing") for part in parts):
+        raise UsageError(
+            f"The tokenizer's post-processor ({post['type']}) ends texts in its own way.",
+            where="tokenizer.end_token",
+            fix="leave end_token out, or give a tokenizer with a template",
+        )
+    if last is None:
+        a, b = ({"Sequence": {"id": name, "type_id": i}} for i, name in enumerate("AB"))
+        last = {
+            "type": "TemplateProcessing", "single": [a], "pair": [a, b], "special_tokens": {},
+        }  # fmt: skip
+        parts = [*parts, last]
+    for side, kind in (("single", 0), ("pair", 1)):
+        last[side] = [*last[side], {"SpecialToken": {"id": token, "type_id": kind}}]
+    last["special_tokens"][token] = {"id": token, "ids": [number], "tokens": [token]}
+    one = parts[0] if len(parts) == 1 else {"type": "Sequence", "processors": parts}
+    return canonical(json.dumps({**content, "post_processor": one}, ensure_ascii=False))
+
+
 def load_tokenizer(source: Any) -> tuple[str, dict[str, Any]]:
     """Find a tokenizer.
 

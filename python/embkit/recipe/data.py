@@ -126,6 +126,8 @@ class Tokenizer:
             instruct, e5, jina (docs/conversions.md); ``[tasks.NAME]`` may have others.
             description: what it says of retrieval, e.g. "question answering"; empty takes the
             form's own.
+        end_token: put behind every text, e.g. "<|endoftext|>" (Qwen3-Embedding, whose embedding is
+            that token's state); empty leaves the tokenizer as it is.
         prompt_query: put before every query, as serving will, in the place of the format's.
         prompt_passage: put before every passage.
         task_prompts: prompts of single tasks, in the place of those: a table per task with query
@@ -138,6 +140,7 @@ class Tokenizer:
     max_length_passage: int = 96
     format: str = "plain"
     description: str = ""
+    end_token: str = ""
     prompt_query: str = ""
     prompt_passage: str = ""
     task_prompts: Mapping[str, Mapping[str, str]] = field(default_factory=dict)

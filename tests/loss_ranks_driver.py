@@ -39,6 +39,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "ring gecko": {"form": "gecko", "mask": "positives", "margin": -0.1, "margin_rule": "relative"},
     "ring gemma": {"form": "embedding-gemma", "distill": 0.5, "distill_scores": 0.3},
     "ring unmasked": {"mask": "off", "dim_weights": {"3": 0.5}},
+    "guided": {"guide": "absolute", "guide_margin": 0.1},
+    "guided gecko": {"form": "gecko", "guide": "relative", "guide_margin": -0.1},
+    "guided shared": {"form": "qwen3", "hard": "shared", "guide": "absolute", "guide_margin": 0.3},
+    "guided alone": {"form": "conan", "guide": "absolute", "mask": "off"},
     "sts": {"distill": 0.7, "dim_weights": {"8": 0.25}},
 }
 

@@ -36,7 +36,7 @@ from embkit.train.parallel import Ranks, open_ranks
 from embkit.train.profile import Clock, Profile
 from embkit.train.sharding import load_state, spread, whole, whole_state
 from embkit.train.step import Step
-from embkit.train.teachers import learn_temperature
+from embkit.train.teachers import learn
 
 FULL = os.environ.get("EMBKIT_TEST_FULL") == "1"
 TIMEOUT = 4.0
@@ -100,7 +100,7 @@ def train(store: Store, model: Path, settings: dict[str, Any], ranks: Ranks) -> 
     """Losses of all steps, gradients of the first, weights and optimizer state after the last."""
     encoder = Encoder.from_pretrained(model).train()
     config = Train(**{**BASE, **settings})
-    learn_temperature(encoder, config)
+    learn(encoder, config)
     steps = Steps(store, config, ranks, layout="padded", pad_id=encoder.tokenizer.pad_id)
     weights = spread(encoder, config, ranks)
     optimizer = Optimizer(encoder, config)

@@ -15,6 +15,7 @@ def problem(
     hard: str = "",
     queries: bool = False,
     jagged: int = 0,
+    guide: int = 0,
 ) -> dict[str, Any]:
     """Related random vectors with colliding ids, padding and uneven norms, in float64."""
 
@@ -49,6 +50,10 @@ def problem(
         )
     if queries:
         out["hard_query_ids"] = ids(batch, *out["hard_ids"].shape)
+    if guide:
+        out["guide_query"], out["guide_passage"] = normal(batch, guide), normal(columns, guide)
+        if hard:
+            out["guide_hard"] = normal(*shape, guide)
     return out
 
 
@@ -100,5 +105,15 @@ REFERENCE_ONLY: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "relative_margin": ({"hard": "private"}, {**_RELATIVE, "same_tower": True}),
     "relative_margin_jagged": ({"hard": "shared", "jagged": 3}, {**_RELATIVE, "margin": 0.5}),
     "relative_margin_symmetric": ({}, {**_RELATIVE, "symmetric": True, "doc_doc": True}),
+    "guided": (
+        {"hard": "private", "guide": 6},
+        {"same_tower": True, "doc_doc": True, "margin": 0.3},
+    ),
+    "guided_shared": ({"hard": "shared", "guide": 6}, {"guide_margin": -0.1, "same_tower": True}),
+    "guided_jagged": ({"hard": "private", "guide": 6, "jagged": 3}, {"guide_margin": 0.2}),
+    "guided_symmetric": (
+        {"guide": 6},
+        {"symmetric": True, "doc_doc": True, "guide_margin": -0.2, "guide_relative": True},
+    ),
 }
 """Variants that no Triton kernel has."""

@@ -91,6 +91,32 @@ def test_a_relative_margin_is_a_share_of_the_positive() -> None:
             infonce(q.float(), p.float(), margin=-0.05, margin_relative=True)
 
 
+def test_a_guide_decides_by_its_own_cosines() -> None:
+    """The candidate that the guide finds nearer than the positive goes, the other one stays."""
+    q = torch.tensor([[1.0, 0.0]], dtype=torch.float64)
+    p = torch.tensor([[s, (1 - s * s) ** 0.5] for s in (0.8, 0.77, 0.75)], dtype=torch.float64)
+    guide = {"guide_query": torch.tensor([[1.0, 0]]), "guide_passage": p.flip(0).float()}
+
+    def want(*negatives: float) -> float:
+        return math.log1p(sum(math.exp((s - 0.8) / 0.1) for s in negatives))
+
+    for margin, negatives in ((0.0, ()), (0.03, (0.77,)), (0.06, (0.77, 0.75))):
+        loss, _ = infonce(q, p, temperature=0.1, guide_margin=margin, **guide)
+        assert loss.item() == pytest.approx(want(*negatives), abs=1e-12), margin
+    for wrong, says in (
+        ({"guide_passage": p[:2].float()}, "guide_passage has shape"),
+        ({"guide_hard": p.float()}, "where there are any"),
+        ({"guide_query": torch.ones(1, 2, dtype=torch.int64)}, "floating point"),
+        ({"guide_query": torch.ones(1, 2, requires_grad=True)}, "no gradient"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=says):
+            infonce(q, p, **{**guide, **wrong})
+    with pytest.MonkeyPatch.context() as env:
+        env.setenv("EMBKIT_KERNELS", "triton")
+        with pytest.raises(RuntimeError):
+            infonce(q.float(), p.float(), **guide)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -164,6 +164,53 @@ def test_widths_are_weighed_and_join_in_turn() -> None:
     assert loss_of(pairs, weighed, (8, 3)) == pytest.approx(both[0] + 0.25 * both[1])
 
 
+@pytest.mark.parametrize("hard", ["own", "shared"])
+def test_a_guide_drops_what_it_finds_nearer(hard: str) -> None:
+    """GISTEmbed with another model's vectors: four kinds of candidates, each by its own cosine."""
+    batch = drawn(mask=torch.ones(9, 3, dtype=torch.bool))
+    teacher = torch.randn(len(batch.e), 5, dtype=torch.float64)
+    loss = Loss(
+        same_tower=True, doc_doc=True, hard=hard, mask="off", guide="absolute", guide_margin=-0.1,
+    )  # fmt: skip
+    batch.sides.hard_key.fill_(999)
+    kept = 0
+
+    def formula(e: torch.Tensor) -> torch.Tensor:
+        nonlocal kept
+        model, guide = ([unit(x[i], x.shape[1]) for i in (batch.query, batch.positive, batch.hard)]
+                        for x in (e, teacher))  # fmt: skip
+        (q, p, n), (gq, gp, gn), rows = model, guide, []
+        for i in range(9):
+            limit = gq[i] @ gp[i] - 0.1
+            pairs = [
+                (x[i] @ y[j], gx[i] @ gy[j])
+                for x, y, gx, gy in ((q, p, gq, gp), (q, q, gq, gq), (p, p, gp, gp))
+                for j in range(9)
+                if j != i
+            ]
+            pairs += [
+                (q[i] @ n[j, k], gq[i] @ gn[j, k])
+                for j in range(9)
+                for k in range(3)
+                if hard == "shared" or i == j
+            ]
+            terms = [s for s, g in pairs if g <= limit]
+            kept += len(terms)
+            rows.append(torch.logsumexp(torch.stack([q[i] @ p[i], *terms]) / TAU, 0)
+                        - q[i] @ p[i] / TAU)  # fmt: skip
+        return (torch.stack(rows) * batch.sides.weight).sum() / batch.sides.weight.sum()
+
+    want, gradient = gradient_of(formula, batch.e)
+    assert 30 < kept < 9 * (24 + 27)
+    config = Train(temperature=TAU)
+    options: dict[str, Any] = {"dims": (8,), "config": config, "loss": loss}
+    out, got = value_and_grad(*batch.args, **options, teacher=teacher)
+    assert out.loss.item() == pytest.approx(want, rel=1e-9)
+    torch.testing.assert_close(got, gradient, rtol=1e-8, atol=1e-10)
+    with pytest.raises(UsageError, match="guided by a teacher"):
+        compute(*batch.args, **options)
+
+
 @pytest.mark.parametrize("distance", ["cosine", "l2"])
 def test_distillation_of_vectors(distance: str) -> None:
     """Each side by itself, absent hard negatives out, on the teacher's width."""
@@ -187,6 +234,30 @@ def test_distillation_of_vectors(distance: str) -> None:
     out, got = value_and_grad(*batch.args, dims=(8,), config=Train(), loss=loss, teacher=teacher)
     assert out.loss.item() == pytest.approx(want, rel=1e-9)
     torch.testing.assert_close(got, gradient, rtol=1e-8, atol=1e-10)
+
+
+def test_a_wider_teacher_is_met_through_a_projection() -> None:
+    """The embeddings go into the teacher's space; both they and the projection get gradients."""
+    batch = drawn(h=0)
+    teacher = torch.randn(len(batch.e), 11, dtype=torch.float64)
+    projection = torch.randn(8, 11, dtype=torch.float64)
+    options: dict[str, Any] = {"dims": (8, 3), "config": Train(), "teacher": teacher}
+    plain, _ = value_and_grad(*batch.args, **options, loss=Loss())
+
+    def apart(e: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+        s = batch.sides
+        far = 1 - (unit(e @ matrix, 11) * unit(teacher, 11)).sum(1)
+        return sum(
+            (far[i] * s.weight).sum() / s.weight.sum() for i in (batch.query, batch.positive)
+        )
+
+    out, _ = value_and_grad(*batch.args, **options, loss=Loss(distill=0.7), projection=projection)
+    leaf = projection.clone().requires_grad_()
+    (0.7 * apart(batch.e, leaf)).backward()
+    assert (out.loss - plain.loss).item() == pytest.approx(0.7 * apart(batch.e, projection).item())
+    torch.testing.assert_close(out.d_projection, leaf.grad, rtol=1e-9, atol=1e-12)
+    with pytest.raises(UsageError, match="11 numbers, the embeddings 8"):
+        value_and_grad(*batch.args, **options, loss=Loss(distill=0.7))
 
 
 def test_distillation_of_scores() -> None:
@@ -270,6 +341,8 @@ def test_settings_over_settings() -> None:
         ({"loss": {"distill": 1.0}}, "distils from a teacher, and there is none"),
         ({"teacher": "vectors"}, "no loss has a factor for it"),
         ({"loss": {"margin_rule": "relative"}}, "there is no margin"),
+        ({"loss": {"guide": "absolute"}}, "guided by a teacher, and there is none"),
+        ({"loss": {"guide_margin": 0.1}}, "loss.guide = 'off'"),
         ({"loss": {"form": "conan", "symmetric": True}, "hard_negatives": 1}, "symmetric compares"),
         ({"loss": {"temperature": 0.1, "learn_temperature": True}}, "a learned one is of the run"),
         ({"loss": {"learn_temperature": True}, "sharding": "shard"}, "whole weights"),

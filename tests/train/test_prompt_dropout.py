@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from naive_draws import draws, key_of
 
 from embkit import data, recipe
@@ -16,6 +17,9 @@ from embkit.errors import UsageError
 from embkit.model import Encoder
 from embkit.model.tokens import load_tokenizer
 from embkit.pipeline import tokenizer_options
+from embkit.train.batches import Steps
+from embkit.train.parallel import Ranks
+from embkit.train.teachers import Teachers
 
 PROMPTS = {"query": "search query : ", "passage": "text : "}
 SETTINGS: dict[str, Any] = {"batch_size": 8, "seed": 5, "hard_negatives": 1, "token_budget": 200}
@@ -197,3 +201,33 @@ def test_the_recipe_makes_the_rows_that_its_runs_need() -> None:
     assert options["task_prompts"] == {"nq": {"query": "question answering : "}}
     with pytest.raises(UsageError, match="no share"):
         recipe.from_table({"finetune": {"prompt_dropout": 1.5}})
+
+
+def test_a_teacher_knows_texts_without_their_prompts(records: Path, tmp_path: Path) -> None:
+    """Scores and vectors of rows whose prompt is left out are those of their texts."""
+    rows = [json.loads(line) for line in (records / "pairs.jsonl").read_text().splitlines()]
+    for row in rows:
+        row["pos_scores"], row["neg_scores"] = [len(row["positive"])], [1.0, 2.0]
+    (tmp_path / "in").mkdir()
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "in" / "pairs.jsonl").write_text(lines)
+    store = store_of(tmp_path / "in", tmp_path / "store", prompt_dropout=True)
+    teacher = data.teach(
+        store, lambda texts, roles: [[len(t), 1.0] for t in texts], tmp_path / "t", name="len"
+    )
+    loss = recipe.Loss(distill_scores=1.0, distill=1.0)
+    config = recipe.Train(
+        batch_size=8, hard_negatives=2, prompt_dropout=0.5, loss=loss, teacher=str(teacher)
+    )
+    teachers, bare = Teachers(config, store, [["pairs"]]), 0
+    assert teachers.scored == {"pairs"}
+    steps = Steps(store, config, Ranks(), layout="padded")
+    for batch in steps.stream(0, 6, threads=1, device=torch.device("cpu")):
+        filled, sides = batch.filled, teachers.sides(batch)
+        text = [store.text(int(row)) for row in filled.rows]
+        bare += int((store.prompt_len(filled.rows) == 0).sum())
+        assert sides.score.tolist() == [len(text[p]) for p in batch.positive]
+        assert sides.hard_score is not None and set(sides.hard_score.reshape(-1).tolist()) == {1, 2}
+        vectors = teachers.vectors(batch, torch.device("cpu"))
+        assert vectors is not None and vectors[:, 0].tolist() == [len(t) for t in text]
+    assert bare > 20

@@ -6,6 +6,7 @@ import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from embkit.data import teacher as teacher_module
 from embkit.data.teacher import Scores
 from embkit.errors import UsageError
 from embkit.losses import losses_fit
+from embkit.mine import mine
 from embkit.model import Encoder
 from embkit.recipe import Loss, Part, Train
 from embkit.stage import digest_of
@@ -88,12 +90,111 @@ def test_scores_are_found_by_pair(table: Any) -> None:
         score=np.array([0.5, np.nan, 0.7, 0.9], np.float32),
         negative_score=np.array([0.1, 0.2, np.nan, 0.3, 0.4], np.float32),
     )
-    scores = Scores(made, rows=10)
-    query = np.array([0, 0, 1, 1, 1, 1, 4, 9], np.uint64)
-    passage = np.array([5, 6, 5, 7, 8, 9, 5, 9], np.uint64)
+    huge = np.uint64(2**64 - 20)  # identities are any 64 bits
+    store = SimpleNamespace(examples=lambda name: made, text_id=lambda rows: rows + huge)
+    scores = Scores.of_examples(store, "r")  # type: ignore[arg-type]
+    query = np.array([0, 0, 1, 1, 1, 1, 4, 9], np.uint64) + huge
+    passage = np.array([5, 6, 5, 7, 8, 9, 5, 9], np.uint64) + huge
     want = np.array([0.5, np.nan, np.nan, 0.7, 0.2, np.nan, 0.4, np.nan], np.float32)
     np.testing.assert_array_equal(scores.of(query, passage), want)
     assert scores.of(query[:3, None], np.zeros((3, 2), np.uint64)).shape == (3, 2)
+    none = Scores(query[:0], query[:0], np.zeros(0, np.float32))
+    assert not none.any and np.isnan(none.of(query, passage)).all()
+
+
+def first_batch(store: Store, config: Train, **options: Any) -> Any:
+    steps = Steps(store, config, Ranks(), layout="padded", **options)
+    (batch,) = steps.stream(0, 1, threads=1, device=torch.device("cpu"))
+    return batch
+
+
+def lengths(queries: list[str], passages: list[str]) -> np.ndarray:
+    """A reranker."""
+    pairs = zip(queries, passages, strict=True)
+    return np.array([len(p) - 0.1 * len(q) for q, p in pairs], np.float32)
+
+
+def test_mined_negatives_have_the_rerankers_scores(
+    store: Store, make_encoder: Callable[..., Encoder], tmp_path: Path
+) -> None:
+    config = Train(
+        **SMALL, tasks={"retrieval": 1.0}, hard_negatives=2, loss=Loss(distill_scores=1.0)
+    )
+    rules: dict[str, Any] = {"k": 4, "candidates": 24, "percent_of_positive": None}
+    mined = mine(make_encoder(), store, out=tmp_path / "m", reranker=lengths, **rules)
+    teachers = Teachers(config, store, [["retrieval"]], mined=mined)
+    batch = first_batch(store, config, negatives=mined)
+    sides, text = teachers.sides(batch), [store.text(int(row)) for row in batch.filled.rows]
+    assert sides.hard_score is not None and bool(batch.sides.hard_mask.any())
+    for i, (q, p) in enumerate(zip(batch.query, batch.positive, strict=True)):
+        want = lengths([text[q]] * 3, [text[p], *(text[n] for n in batch.hard[i])])
+        assert sides.score[i] == want[0]
+        there = batch.sides.hard_mask[i].numpy()
+        np.testing.assert_array_equal(sides.hard_score[i].numpy()[there], want[1:][there])
+    finetune(make_encoder(), store, negatives=mined, out=tmp_path / "run", config=config)
+    first = lines(tmp_path / "run")[0]
+    assert first["loss"] > sum(first["loss_per_dim"].values())  # a divergence is added
+    alone = mine(make_encoder(), store, out=tmp_path / "alone", **rules)
+    with pytest.raises(UsageError, match="mined without a reranker"):
+        finetune(make_encoder(), store, negatives=alone, out=tmp_path / "no", config=config)
+
+
+def test_vectors_score_any_pair(store: Store, tmp_path: Path) -> None:
+    """Their cosines, where a task has no scores of its own."""
+    teacher = teach(store, vectors_of, tmp_path / "teacher", name="words")
+    loss = Loss(distill_scores=1.0, guide="absolute", guide_margin=5.0)
+    config = Train(
+        **SMALL, tasks={"retrieval": 1.0}, hard_negatives=2, loss=loss, teacher=str(teacher)
+    )
+    batch, teachers = first_batch(store, config), Teachers(config, store, [["retrieval"]])
+    losses_fit(config, (32,), store, [["retrieval"]], teacher_width=teachers.width)
+    sides, e = teachers.sides(batch), teachers.vectors(batch, torch.device("cpu"))
+    assert e is not None and sides.hard_score is not None
+    want = torch.cosine_similarity(e[batch.query], e[batch.positive])
+    torch.testing.assert_close(sides.score, want)
+    want = torch.cosine_similarity(e[batch.query][:, None], e[batch.hard], dim=-1)
+    torch.testing.assert_close(sides.hard_score, want)
+
+
+def test_a_guide_takes_part_in_a_run(
+    store: Store, make_encoder: Callable[..., Encoder], tmp_path: Path
+) -> None:
+    """One that drops nothing changes no bit, one that drops all leaves nothing to learn."""
+    teacher = str(teach(store, vectors_of, tmp_path / "teacher", name="words"))
+    found = {}
+    for margin in (None, 5.0, 0.0, -5.0):
+        guide = {} if margin is None else {"guide": "absolute", "guide_margin": margin}
+        config = Train(
+            **SMALL, tasks={"retrieval": 1.0}, loss=Loss(**guide), teacher=teacher if guide else ""
+        )
+        finetune(make_encoder(), store, out=tmp_path / f"{margin}", config=config)
+        found[margin] = [line["loss"] for line in lines(tmp_path / f"{margin}")]
+    assert found[5.0] == found[None]
+    assert 0 < found[0.0][0] < found[None][0] and set(found[-5.0]) == {0.0}
+
+
+def test_a_teacher_that_is_wider_than_the_model(
+    store: Store, make_encoder: Callable[..., Encoder], tmp_path: Path
+) -> None:
+    """A projection into its space is trained beside the model, resumes, and is forgotten."""
+    wide = np.random.default_rng(0).standard_normal((store.rows, 40)).astype(np.float32)
+    np.save(tmp_path / "wide.npy", wide)
+    config = Train(
+        **{**SMALL, "steps": 30}, loss=Loss(distill=5.0), teacher=str(tmp_path / "wide.npy"),
+        checkpoint_every=2, tasks={"retrieval": 1.0},
+    )  # fmt: skip
+    whole = finetune(make_encoder(), store, out=tmp_path / "a", config=config)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(make_encoder(), store, out=tmp_path / "b", config=config, callbacks=[Stops()])
+    again = finetune(make_encoder(), store, out=tmp_path / "b", config=config)
+    assert (tmp_path / "a/log.jsonl").read_bytes() == (tmp_path / "b/log.jsonl").read_bytes()
+    assert whole.digest() == again.digest()
+    assert "teacher_projection" not in whole.state_dict()
+    far = [x["loss"] - sum(x["loss_per_dim"].values()) for x in lines(tmp_path / "a")]
+    assert far[-1] < far[0] - 0.5  # 5 times two cosines of random vectors at first
+    sharded = dataclasses.replace(config, sharding="shard")
+    with pytest.raises(UsageError, match="whole weights"):
+        losses_fit(sharded, (32,), store, [["retrieval"]], teacher_width=40)
 
 
 def test_a_run_distils(store: Store, make_encoder: Callable[..., Encoder], tmp_path: Path) -> None:
@@ -130,7 +231,7 @@ def test_scores_of_the_examples_reach_the_loss(store: Store) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Store, "examples", lambda self, name: scored)
         teachers = Teachers(config, store, [[name]])
-        losses_fit(config, (32,), store, [[name]])
+        losses_fit(config, (32,), store, [[name]], scored=teachers.scored)
     steps = Steps(store, config, Ranks(), layout="padded")
     (batch,) = steps.stream(0, 1, threads=1, device=torch.device("cpu"))
     sides = teachers.sides(batch)

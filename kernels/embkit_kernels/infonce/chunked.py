@@ -146,7 +146,7 @@ class State(Rows):
         if problem.same_tower:
             self.banks.append(Bank(self.q, self.q, masks.queries))
         if problem.doc_doc:
-            self.banks.append(Bank(self.positive, self.p, masks.passages))
+            self.banks.append(Bank(self.positive, self.p, masks.documents))
         columns = sum(bank.width for bank in self.banks)
         self.chunk = chunk_rows(columns, len(self.dims), q.device)
 

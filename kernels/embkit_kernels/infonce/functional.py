@@ -40,6 +40,11 @@ def infonce(
     hardness_alpha: float = 0.0,
     margin: float | None = None,
     margin_relative: bool = False,
+    guide_query: Tensor | None = None,
+    guide_passage: Tensor | None = None,
+    guide_hard: Tensor | None = None,
+    guide_margin: float = 0.0,
+    guide_relative: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Contrastive loss with in-batch and hard negatives at several embedding widths.
 
@@ -90,6 +95,12 @@ def infonce(
         margin_relative: the margin is a share of the positive's absolute cosine: -0.05 keeps what
             is at most 95 % of a cosine above 0 (NV-Retriever's rule). No Triton kernel: the
             reference runs on every device.
+        guide_query, guide_passage: vectors of another model [B, W] and [N, W], which decide what
+            is a negative (GISTEmbed): a candidate goes when the guide's cosine of its pair (query
+            and passage, query and query, or positive and passage) exceeds that of the row's query
+            and positive by more than `guide_margin`. Raw vectors; no gradient. No Triton kernel.
+        guide_hard: the same of `hard`, shaped as it but for the width.
+        guide_margin, guide_relative: as `margin` and `margin_relative`, of the guide's cosines.
 
     Returns:
         The loss, summed over widths with `dim_weights`, and the unweighted loss at each width in
@@ -153,6 +164,7 @@ def infonce(
     else:
         raise ValueError(f"temperature={temperature} must be > 0")
 
+    _check_guide(q, p, hard, guide_query, guide_passage, guide_hard)
     arange = torch.arange(batch, device=q.device)
     index = arange if positive_index is None else positive_index.to(torch.int64)
     forward = Problem(
@@ -173,6 +185,11 @@ def infonce(
         hardness_alpha=float(hardness_alpha),
         margin=None if margin is None else float(margin),
         margin_relative=margin_relative,
+        guide_query=guide_query,
+        guide_passage=guide_passage,
+        guide_hard=guide_hard,
+        guide_margin=float(guide_margin),
+        guide_relative=guide_relative,
     )
     directions: list[tuple[Tensor, Tensor, Tensor | None, Tensor, Problem]]
     directions = [(q, p, hard, tau, forward)]
@@ -192,6 +209,10 @@ def infonce(
             doc_doc=same_tower,
             margin=forward.margin,
             margin_relative=margin_relative,
+            guide_query=None if guide_passage is None else take_rows(guide_passage, index),
+            guide_passage=guide_query,
+            guide_margin=forward.guide_margin,
+            guide_relative=guide_relative,
         )
         directions.append((own, q, None, tau, reverse))
 
@@ -289,6 +310,34 @@ def _check_embeddings(q: Tensor, p: Tensor, hard: Tensor | None) -> None:
             raise ValueError(f"{name} is on {x.device}, q on {q.device}")
     if hard is not None and hard.dim() == 3 and hard.shape[0] != q.shape[0]:
         raise ValueError(f"hard has {hard.shape[0]} rows, q has {q.shape[0]}")
+
+
+def _check_guide(
+    q: Tensor,
+    p: Tensor,
+    hard: Tensor | None,
+    guide_query: Tensor | None,
+    guide_passage: Tensor | None,
+    guide_hard: Tensor | None,
+) -> None:
+    if guide_query is None and guide_passage is None and guide_hard is None:
+        return
+    if guide_query is None or guide_passage is None or (guide_hard is None) != (hard is None):
+        raise ValueError("a guide has vectors of queries, passages and, where there are any, hard")
+    for name, x, like in (
+        ("guide_query", guide_query, q),
+        ("guide_passage", guide_passage, p),
+        ("guide_hard", guide_hard, hard),
+    ):
+        if x is None or like is None:
+            continue
+        if not x.is_floating_point():
+            raise TypeError(f"{name} has dtype {x.dtype}, want floating point")
+        want = (*like.shape[:-1], guide_query.shape[-1])
+        if tuple(x.shape) != want:
+            raise ValueError(f"{name} has shape {tuple(x.shape)}, want {want}")
+        if x.requires_grad:
+            raise ValueError(f"{name} has a graph, and a guide gets no gradient: detach it")
 
 
 def _check_ids(name: str, ids: Tensor, shape: tuple[int, ...]) -> None:

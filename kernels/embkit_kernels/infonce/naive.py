@@ -50,6 +50,11 @@ def infonce_naive(
     hardness_alpha: float = 0.0,
     margin: float | None = None,
     margin_relative: bool = False,
+    guide_query: Tensor | None = None,
+    guide_passage: Tensor | None = None,
+    guide_hard: Tensor | None = None,
+    guide_margin: float = 0.0,
+    guide_relative: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The loss of `infonce`, same arguments and results, computed in the inputs' dtype on CPU."""
     batch, columns = q.shape[0], p.shape[0]
@@ -66,8 +71,19 @@ def infonce_naive(
         s_pos = (v[own] * u).sum(-1)
         terms = []
 
-        def add(scores: Tensor, drop: Tensor, alpha: float = 0.0) -> None:
+        def nearer(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+            """Columns that a guide finds nearer than the lowest positive: a [W], b [n, W]."""
+            if a is None or b is None or guide_query is None or guide_passage is None:
+                return None
+            t = (_unit(guide_passage[own]) @ _unit(guide_query[i])).min()
+            return _unit(b) @ _unit(a) > t + guide_margin * (t.abs() if guide_relative else 1)
+
+        def add(
+            scores: Tensor, drop: Tensor, alpha: float = 0.0, guided: Tensor | None = None
+        ) -> None:
             fixed = scores.detach()
+            if guided is not None:
+                drop = drop | guided
             if margin is not None:
                 low = s_pos.min().detach()
                 drop = drop | (fixed > low + margin * (low.abs() if margin_relative else 1))
@@ -80,8 +96,9 @@ def infonce_naive(
         passage = passage | torch.isin(torch.arange(columns), own)
         if passage_mask is not None:
             passage = passage | ~passage_mask.bool()
+        mine = None if guide_query is None else guide_query[i]
         if in_batch:
-            add(v @ u, passage)
+            add(v @ u, passage, guided=nearer(mine, guide_passage))
         if hard is not None:
             private = hard.dim() == 3
             h = hard[i] if private else hard
@@ -93,16 +110,18 @@ def infonce_naive(
                 drop = drop | _same(passage_ids, int(m), ids, len(h))
             if hard_mask is not None:
                 drop = drop | ~(hard_mask[i] if private else hard_mask).bool()
-            add(_unit(h[:, :width]) @ u, drop, hardness_alpha)
+            theirs = guide_hard[i] if guide_hard is not None and private else guide_hard
+            add(_unit(h[:, :width]) @ u, drop, hardness_alpha, nearer(mine, theirs))
         if same_tower:
             drop = (torch.arange(batch) == i) | _same(query_ids, i, query_ids, batch)
             for j in range(batch):
                 for theirs in index[int(offsets[j]) : int(offsets[j + 1])]:
                     for m in own:
                         drop[j] |= _same(passage_ids, int(m), passage_ids, columns)[theirs]
-            add(queries @ u, drop)
+            add(queries @ u, drop, guided=nearer(mine, guide_query))
         if doc_doc:
-            add(v @ v[own[0]], passage)
+            first = None if guide_passage is None else guide_passage[own[0]]
+            add(v @ v[own[0]], passage, guided=nearer(first, guide_passage))
 
         negatives = torch.cat(terms)
         if len(negatives) == 0:
@@ -130,6 +149,10 @@ def infonce_naive(
             doc_doc=same_tower,
             margin=margin,
             margin_relative=margin_relative,
+            guide_query=None if guide_passage is None else guide_passage[index],
+            guide_passage=guide_query,
+            guide_margin=guide_margin,
+            guide_relative=guide_relative,
         )
         rows = (rows + reverse) / 2
     weights = torch.ones(batch, dtype=q.dtype) if row_weights is None else row_weights

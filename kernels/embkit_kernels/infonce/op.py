@@ -24,9 +24,10 @@ _PROBLEM_SCHEMA = (
     " Tensor? passage_ids, Tensor? passage_query_ids, Tensor? hard_ids, Tensor? hard_query_ids,"
     " Tensor? passage_mask, Tensor? hard_mask, bool include_positive, bool in_batch,"
     " bool same_tower, bool doc_doc, float hardness_alpha, float? margin,"
-    " bool margin_relative"
+    " bool margin_relative, Tensor? guide_query, Tensor? guide_passage, Tensor? guide_hard,"
+    " float guide_margin, bool guide_relative"
 )
-_FIELDS = 17
+_FIELDS = 22
 
 
 def _problem(fields: tuple[Any, ...]) -> Problem:
@@ -38,17 +39,19 @@ def _problem(fields: tuple[Any, ...]) -> Problem:
 def _implementation(q: Tensor, p: Tensor, hard: Tensor | None, problem: Problem) -> Any:
     """The module whose `forward` and `backward` run here: `.triton` or `chunked`.
 
-    A relative margin, which the tiles do not have, is the reference's on every device.
+    A relative margin and a guide, which the tiles do not have, are the reference's on every device.
 
     Raises:
-        KernelUnavailableError: a relative margin where the Triton kernels are asked for by name.
+        KernelUnavailableError: one of them where the Triton kernels are asked for by name.
     """
     dtype = torch.promote_types(q.dtype, p.dtype)
     dtype = dtype if hard is None else torch.promote_types(dtype, hard.dtype)
     tiles = _dispatch.provider("infonce", q.device, dtype) == "triton"
-    if problem.margin_relative and _dispatch.requested() == "triton":
-        raise _dispatch.KernelUnavailableError("infonce: no Triton kernel has a relative margin")
-    if tiles and q.numel() and p.numel() and not problem.margin_relative:
+    missing = "a relative margin" if problem.margin_relative else ""
+    missing = "a guide" if problem.guide_query is not None else missing
+    if missing and _dispatch.requested() == "triton":
+        raise _dispatch.KernelUnavailableError(f"infonce: no Triton kernel has {missing}")
+    if tiles and q.numel() and p.numel() and not missing:
         from . import triton
 
         return triton

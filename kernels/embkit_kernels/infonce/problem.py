@@ -33,6 +33,11 @@ class Problem:
     hardness_alpha: float = 0.0
     margin: float | None = None
     margin_relative: bool = False
+    guide_query: Tensor | None = None
+    guide_passage: Tensor | None = None
+    guide_hard: Tensor | None = None
+    guide_margin: float = 0.0
+    guide_relative: bool = False
 
 
 def as_rows(ids: Tensor | None) -> Tensor | None:
@@ -57,6 +62,36 @@ def jagged_rows(offsets: Tensor, positives: int) -> tuple[Tensor, Tensor]:
     count = offsets[1:] - offsets[:-1]
     rows = torch.arange(count.shape[0], device=count.device)
     return torch.repeat_interleave(rows, count, output_size=positives), count
+
+
+class Guide:
+    """What a guide's vectors drop: candidates that it finds nearer to a row than its positive."""
+
+    def __init__(self, problem: Problem, positives: Tensor, real: Tensor) -> None:
+        """positives [B, P] are the places of each row's, of which real ones count."""
+        assert problem.guide_query is not None and problem.guide_passage is not None
+        self.query, self.passage = _unit(problem.guide_query), _unit(problem.guide_passage)
+        self.hard = None if problem.guide_hard is None else _unit(problem.guide_hard)
+        self.own = self.passage.index_select(0, positives[:, 0])
+        least = self.query.new_full((positives.shape[0],), torch.inf)
+        for m in range(positives.shape[1]):
+            theirs = self.passage.index_select(0, positives[:, m])
+            score = (self.query * theirs).sum(-1)
+            least = torch.minimum(least, torch.where(real[:, m], score, torch.inf))
+        unit = least.abs() if problem.guide_relative else torch.ones_like(least)
+        self.limit = least + problem.guide_margin * unit
+
+    def nearer(self, rows: slice, own: Tensor, theirs: Tensor) -> Tensor:
+        """True where a guide's cosine is above the row's limit; theirs [N, W] or own [B, H, W]."""
+        if theirs.dim() == 3:
+            cosine = torch.bmm(theirs[rows], own[rows, :, None]).squeeze(-1)
+        else:
+            cosine = own[rows] @ theirs.t()
+        return cosine > self.limit[rows, None]
+
+
+def _unit(x: Tensor) -> Tensor:
+    return torch.nn.functional.normalize(x.float(), dim=-1)
 
 
 class Masks:
@@ -97,6 +132,7 @@ class Masks:
             self.key = torch.where(real & (key >= 0), key, NO_ROW)
         self.no_passage = None if problem.passage_mask is None else ~problem.passage_mask
         self.no_hard = None if problem.hard_mask is None else ~problem.hard_mask
+        self.guide = None if problem.guide_query is None else Guide(problem, padded, real)
 
     def _same_passage(self, rows: slice, columns: Tensor | None) -> Tensor | None:
         """True where a column has the key of any positive of the row."""
@@ -114,6 +150,19 @@ class Masks:
 
     def passages(self, rows: slice) -> tuple[Tensor | None, Tensor]:
         """Candidates [N]: own positives by index, then equal query or passage keys, padding."""
+        mask, own = self._passages(rows)
+        if self.guide is not None:
+            mask = join(mask, self.guide.nearer(rows, self.guide.query, self.guide.passage))
+        return mask, own
+
+    def documents(self, rows: slice) -> tuple[Tensor | None, Tensor]:
+        """The same candidates against the row's positive."""
+        mask, own = self._passages(rows)
+        if self.guide is not None:
+            mask = join(mask, self.guide.nearer(rows, self.guide.own, self.guide.passage))
+        return mask, own
+
+    def _passages(self, rows: slice) -> tuple[Tensor | None, Tensor]:
         mask = self._same_query(rows, self.passage_query)
         mask = join(mask, self._same_passage(rows, self.passage))
         if self.no_passage is not None:
@@ -127,19 +176,28 @@ class Masks:
         if self.key is not None:
             for m in range(self.key.shape[1]):
                 mask = join(mask, self._same_passage(rows, as_columns(self.key[:, m])))
+        if self.guide is not None:
+            mask = join(mask, self.guide.nearer(rows, self.guide.query, self.guide.query))
         return mask, self.own[rows]
 
     def private_hard(self, rows: slice) -> tuple[Tensor | None, None]:
         """Own hard negatives [B, H]: those with a key of the row, and padding."""
         own, query = (None if x is None else x[rows] for x in (self.hard, self.hard_query))
         mask = join(self._same_query(rows, query), self._same_passage(rows, own))
+        mask = join(mask, self._guided_hard(rows))
         return join(mask, None if self.no_hard is None else self.no_hard[rows].clone()), None
 
     def shared_hard(self, rows: slice) -> tuple[Tensor | None, None]:
         """Hard negatives [M] that stand against every row."""
         mask = self._same_query(rows, self.hard_query)
         mask = join(mask, self._same_passage(rows, self.hard))
+        mask = join(mask, self._guided_hard(rows))
         if self.no_hard is not None:
             batch = self.positives[rows].shape[0]
             mask = join(mask, self.no_hard.expand(batch, -1).clone())
         return mask, None
+
+    def _guided_hard(self, rows: slice) -> Tensor | None:
+        if self.guide is None or self.guide.hard is None:
+            return None
+        return self.guide.nearer(rows, self.guide.query, self.guide.hard)

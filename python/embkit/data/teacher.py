@@ -11,7 +11,7 @@ import numpy as np
 
 from embkit import container
 from embkit.data.loader import Store, as_store
-from embkit.data.tables import Array, Examples
+from embkit.data.tables import Array
 from embkit.data.vectors import load_vectors
 from embkit.errors import UsageError
 from embkit.progress import bar
@@ -69,37 +69,76 @@ class Teacher:
 
 
 class Scores:
-    """A teacher's scores of the pairs of a task, by the rows of query and passage.
+    """A teacher's scores of pairs of texts, whatever prompts are in front of them.
 
-    From an examples table: ``score`` is that of the first positive, ``negative_score`` of the
-    negatives. A pair that the table has twice has its first score.
+    A pair that is given twice has its first score.
 
     Args:
-        table: of a retrieval task. rows: of the store.
+        query, passage: identities of the texts of each pair. score: float32, not finite for none.
+
+    Attributes:
+        any: whether there is a score at all.
     """
 
-    def __init__(self, table: Examples, rows: int) -> None:
-        self._rows = np.uint64(rows)
+    def __init__(self, query: Array, passage: Array, score: Array) -> None:
+        known = np.isfinite(score)
+        self.any = bool(known.any())
+        self._texts = np.unique(np.concatenate([query[known], passage[known]]))
+        keys, _ = self._places(query[known], passage[known])
+        self._keys, at = np.unique(keys, return_index=True)
+        self._score = score[known][at].astype(np.float32)
+
+    @classmethod
+    def of_examples(cls, store: Store, task: str) -> Scores:
+        """Of a table: ``score`` is that of the first positive, ``negative_score`` of the others."""
+        table = store.examples(task)
         has = np.flatnonzero(np.diff(table.positive_offsets.astype(np.int64)) > 0)
         first = table.positive[table.positive_offsets[has].astype(np.int64)]
         counts = np.diff(table.negative_offsets.astype(np.int64))
-        keys = [
-            table.query[has] * self._rows + first,
-            np.repeat(table.query, counts) * self._rows + table.negative,
-        ]
-        score = np.concatenate([table.score[has], table.negative_score])
-        known = np.isfinite(score)
-        self._keys, at = np.unique(np.concatenate(keys)[known], return_index=True)
-        self._score = score[known][at]
+        return cls(
+            store.text_id(np.concatenate([table.query[has], np.repeat(table.query, counts)])),
+            store.text_id(np.concatenate([first, table.negative])),
+            np.concatenate([table.score[has], table.negative_score]),
+        )
+
+    @classmethod
+    def of_reranked(cls, store: Store, task: str, mined: Path) -> Scores:
+        """Of the reranker that mined negatives have met, and their positives with them.
+
+        Args:
+            mined: directory of the negatives. Without a reranker no pair has a score: a miner's
+                are of the negatives alone.
+        """
+        table = store.examples(task)
+        columns = container.load(mined / f"negatives-{task}.safetensors", kind="embkit.negatives")
+        counts = np.diff(columns["offsets"].astype(np.int64))
+        found = [(np.repeat(table.query, counts), columns["row"], columns.get("rerank"))]
+        each = np.diff(table.positive_offsets.astype(np.int64))
+        for path in sorted(mined.glob(f"reranked-*-{task}.safetensors"))[:1]:  # all say the same
+            scores = container.load(path, kind="embkit.negatives")["rerank_positive"]
+            found.append((np.repeat(table.query, each), table.positive, scores))
+        found = [pairs for pairs in found if pairs[2] is not None]
+        if len(found) < 2:
+            found = [(np.zeros(0, np.uint64), np.zeros(0, np.uint64), np.zeros(0, np.float32))]
+        query, passage, score = (np.concatenate(part) for part in zip(*found, strict=True))
+        return cls(store.text_id(query), store.text_id(passage), score)
 
     def of(self, query: Array, passage: Array) -> Array:
-        """Scores float32 of pairs of store rows, of the shape of ``passage``; NaN where none is."""
-        keys = query * self._rows + passage
-        at = np.searchsorted(self._keys, keys).clip(max=max(len(self._keys) - 1, 0))
-        if not len(self._keys):
-            return np.full(keys.shape, np.nan, np.float32)
-        found = np.where(self._keys[at] == keys, self._score[at], np.nan)
-        return found.astype(np.float32)
+        """Scores float32 of pairs of texts by identity, of the shape of ``passage``; NaN where
+        there is none."""
+        out = np.full(np.broadcast_shapes(query.shape, passage.shape), np.nan, np.float32)
+        if not self.any:
+            return out
+        keys, there = self._places(*np.broadcast_arrays(query, passage))
+        at = np.searchsorted(self._keys, keys).clip(max=len(self._keys) - 1)
+        return np.where(there & (self._keys[at] == keys), self._score[at], out)
+
+    def _places(self, query: Array, passage: Array) -> tuple[Array, Array]:
+        """A number for each pair of known texts, and whether both are known."""
+        count = len(self._texts)
+        q, p = (np.searchsorted(self._texts, x).clip(max=count - 1) for x in (query, passage))
+        there = (self._texts[q] == query) & (self._texts[p] == passage) if count else q < 0
+        return q * np.int64(count) + p, there
 
 
 def teach(

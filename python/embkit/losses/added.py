@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from embkit import kernels
+from embkit.errors import UsageError
 from embkit.losses.sides import Rows, Share, shares
 from embkit.recipe import Loss
 
@@ -36,13 +37,21 @@ def _spread(
 
 
 def distances(
-    rows: Rows, teacher: Sequence[torch.Tensor | None], loss: Loss, share: Share | None
+    rows: Rows,
+    teacher: Sequence[torch.Tensor | None],
+    loss: Loss,
+    share: Share | None,
+    projection: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Mean distance of queries, positives and hard negatives from a teacher's vectors, added.
 
     Args:
         teacher: [b, W] of queries and of positives, [b, H, W] of hard negatives or None; compared
             with the first W numbers of the embeddings.
+        projection: [D, W], takes the embeddings into a wider teacher's space.
+
+    Raises:
+        UsageError: a wider teacher without it.
     """
     distance: Any = loss.distance  # one of the two that the recipe allows
     weight = rows.sides.weight
@@ -55,12 +64,24 @@ def distances(
     for (x, w, t), part in zip(found, parts, strict=True):
         assert t is not None
         width = t.shape[-1]
+        own = x[..., :width] if projection is None else _through(x, projection)
+        if own.shape[-1] != width:
+            raise UsageError(
+                f"The teacher's vectors have {width} numbers, the embeddings {x.shape[-1]}.",
+                where="teacher",
+                fix="give the projection from the one to the other",
+            )
         value, _ = kernels.embedding_distill(
-            x[..., :width].reshape(-1, width), t.reshape(-1, width), distance=distance,
+            own.reshape(-1, width), t.reshape(-1, width), distance=distance,
             row_weights=w.reshape(-1),
         )  # fmt: skip
         total = total + part * value
     return total
+
+
+def _through(x: torch.Tensor, projection: torch.Tensor) -> torch.Tensor:
+    kind = torch.promote_types(x.dtype, projection.dtype)
+    return x.to(kind) @ projection.to(kind)
 
 
 def divergence(

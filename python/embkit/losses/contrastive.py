@@ -33,6 +33,15 @@ def contrastive(
         return Outcome(loss=value, per_dim=per_dim)
     rows, columns = _columns(rows, terms, share)
     sides, hard = rows.sides, rows.hard
+    if rows.guide is not None:
+        guide_q, guide_p, guide_hard = rows.guide
+        columns |= {
+            "guide_query": guide_q,
+            "guide_passage": columns.pop("guide", guide_p),
+            "guide_hard": None if hard is None else guide_hard,
+            "guide_margin": loss.guide_margin,
+            "guide_relative": loss.guide == "relative",
+        }
     value, per_dim = kernels.infonce(
         rows.q,
         columns.pop("passages", rows.p),
@@ -93,10 +102,12 @@ def _columns(rows: Rows, terms: dict[str, Any], share: Share | None) -> tuple[Ro
         total = share.sum(weight.sum())
         return rows, {"row_weights": shares(weight, total), "reduction": "sum"}
     # Own rows against the passages of all ranks. Rows are weighed by the sum over ranks.
-    p_ND, keys, query_keys, weights, there = share.gather(
-        rows.p, rows.sides.positive_key, rows.sides.query_key, weight
+    guide = [] if rows.guide is None else [rows.guide[1]]
+    p_ND, keys, query_keys, weights, *guide, there = share.gather(
+        rows.p, rows.sides.positive_key, rows.sides.query_key, weight, *guide
     )
     return rows, {
+        **({"guide": guide[0]} if guide else {}),
         "passages": p_ND,
         "keys": keys,
         "passage_query_ids": query_keys,
@@ -116,8 +127,9 @@ def _everyone(rows: Rows, share: Share) -> tuple[Rows, dict[str, Any]]:
     more than for passages alone.
     """
     sides, (own, width) = rows.sides, rows.q.shape
-    both, query_key, positive_key, weight, there = share.gather(
-        torch.cat([rows.q, rows.p], 1), sides.query_key, sides.positive_key, sides.weight
+    guide = [] if rows.guide is None else list(rows.guide[:2])
+    both, query_key, positive_key, weight, *guide, there = share.gather(
+        torch.cat([rows.q, rows.p], 1), sides.query_key, sides.positive_key, sides.weight, *guide
     )
     # Empty places go: an absent query would be a candidate. Their number is known, so that a GPU
     # is not waited for.
@@ -140,9 +152,20 @@ def _everyone(rows: Rows, share: Share) -> tuple[Rows, dict[str, Any]]:
         made = replace(
             made, hard_key=spread(sides.hard_key, -1), hard_mask=spread(sides.hard_mask, False)
         )
+    if rows.guide is not None:
+        of_hard = rows.guide[2]
+        if of_hard is not None and of_hard.ndim == 3:
+            of_hard = spread(of_hard, 0)
+        guided = (guide[0].index_select(0, kept), guide[1].index_select(0, kept), of_hard)
     both = both.index_select(0, kept)
     return (
-        Rows(q=both[:, :width], p=both[:, width:], hard=hard, sides=made),
+        Rows(
+            q=both[:, :width],
+            p=both[:, width:],
+            hard=hard,
+            sides=made,
+            guide=None if rows.guide is None else guided,
+        ),
         {"row_weights": shares(made.weight, weight.sum()), "reduction": "sum"},
     )
 
@@ -152,8 +175,13 @@ def _shared(rows: Rows, share: Share | None) -> Rows:
     assert rows.hard is not None
     count, each, width = rows.hard.shape
     hard, key, mask = rows.hard.reshape(count, -1), rows.sides.hard_key, rows.sides.hard_mask
+    of_hard = None if rows.guide is None else rows.guide[2]
+    guide = [] if of_hard is None else [of_hard]
     if share is not None:
-        hard, key, mask, there = share.gather(hard, key, mask)
+        hard, key, mask, *guide, there = share.gather(hard, key, mask, *guide)
         mask = mask & there[:, None]
     sides = replace(rows.sides, hard_key=key.reshape(-1), hard_mask=mask.reshape(-1))
+    if rows.guide is not None and guide:
+        flat = guide[0].reshape(-1, guide[0].shape[-1])
+        rows = replace(rows, guide=(*rows.guide[:2], flat))
     return replace(rows, hard=hard.reshape(-1, width), sides=sides)

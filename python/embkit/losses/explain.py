@@ -123,6 +123,7 @@ class _Teller:
         yield from _lines(_masked(kind, loss, hard))
         yield from _lines(self._unmasked(loss, about))
         yield from _margin(loss)
+        yield from _guided(loss)
         if hard and loss.terms()["hardness_alpha"]:
             yield from _lines(
                 f"a hard negative with cosine s weighs exp({loss.terms()['hardness_alpha']:g} s)."
@@ -250,6 +251,18 @@ def _margin(loss: Loss) -> Iterator[str]:
     else:
         limit = f"its positive's plus {margin:g}"
     yield from _lines(f"dropped, at each width: negatives with a cosine above {limit}.")
+
+
+def _guided(loss: Loss) -> Iterator[str]:
+    if not loss.guided:
+        return
+    margin = loss.guide_margin
+    if loss.guide == "relative":
+        limit = f"{100 * (1 + margin):g} % of that of its positive"
+    else:
+        limit = "that of its positive"
+        limit += f" less {-margin:g}" if margin < 0 else f" plus {margin:g}" if margin else ""
+    yield from _lines(f"dropped: negatives with a cosine of the teacher's vectors above {limit}.")
 
 
 def _more(loss: Loss, *, hard: int, contrastive: bool) -> Iterator[str]:

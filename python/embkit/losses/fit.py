@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from embkit.errors import UsageError, nearest
@@ -16,15 +16,17 @@ def losses_fit(
     parts: Sequence[Sequence[str]],
     *,
     teacher_width: int | None = None,
-    mined: bool = False,
+    scored: Collection[str] = (),
+    refreshed: bool = False,
     ranks: int = 1,
 ) -> None:
     """Refuse losses that the model, the tasks or the data have not what it takes for.
 
     Args:
         dims: widths of the model. store: an ``embkit.data.Store``. parts: names of the tasks of
-            each part of a step. teacher_width: of the teacher's vectors. mined: whether hard
-            negatives are mined ones. ranks: processes that share the run.
+            each part of a step. teacher_width: of the teacher's vectors. scored: tasks that have a
+            teacher's scores. refreshed: whether hard negatives are mined again during training.
+            ranks: processes that share the run.
 
     Raises:
         UsageError: a task or a width that is not there, negatives that a task cannot have, a
@@ -36,15 +38,19 @@ def losses_fit(
                 f"losses.{name}: the store has no task of that name.",
                 fix=nearest(name, store.task_names),
             )
-    if teacher_width is not None and teacher_width > max(dims):
+    wider = teacher_width is not None and teacher_width > max(dims)
+    if wider and config.distils and config.sharding != "replicate":
         raise UsageError(
-            f"The teacher's vectors have width {teacher_width}, the embeddings {max(dims)}.",
-            where="teacher",
-            fix="give the model a projection to that width, or take a narrower teacher",
+            f"The teacher's vectors have width {teacher_width}, the embeddings {max(dims)}: the "
+            "projection between them needs whole weights on each rank.",
+            where="sharding",
+            fix='set sharding = "replicate", or take a narrower teacher',
         )
     for i, names in enumerate(parts):
         for name in names:
-            _fits(config, i, name, dims, store, mined)
+            _fits(config, i, name, dims, store)
+            if teacher_width is None:
+                _has_scores(config, i, name, store, scored, refreshed)
             if ranks > 1 and config.gather == "ring":
                 _rings(config, i, name)
 
@@ -57,6 +63,7 @@ def _rings(config: Train, part: int, name: str) -> None:
         "symmetric": terms["symmetric"],
         'hard = "shared"': loss.hard == "shared",
         "spread_out": loss.spread_out > 0,
+        "guide": loss.guided,
         "in_batch = false": terms["same_tower"] and not terms["in_batch"],
     }
     for what, there in wrong.items():
@@ -69,9 +76,7 @@ def _rings(config: Train, part: int, name: str) -> None:
             )
 
 
-def _fits(
-    config: Train, part: int, name: str, dims: Sequence[int], store: Any, mined: bool
-) -> None:
+def _fits(config: Train, part: int, name: str, dims: Sequence[int], store: Any) -> None:
     loss, kind = config.loss_of(name, part), store.task(name)["kind"]
     terms: Mapping[str, Any] = loss.terms()
     strange = sorted(set(loss.dim_weights) - {str(d) for d in dims})
@@ -102,28 +107,25 @@ def _fits(
                 where=f"losses.{name}",
                 fix="set hard_negatives, e.g. 4",
             )
-    if kind != "retrieval" or not loss.distill_scores:
-        return
-    if config.prompt_dropout:
-        raise UsageError(
-            "distill_scores looks scores up by the rows of a text with its prompt, and "
-            "prompt_dropout takes others.",
-            where=f"losses.{name}",
-            fix="set prompt_dropout = 0, or distill_scores = 0",
-        )
-    if mined:
-        raise UsageError(
-            "distill_scores compares a teacher's scores of positives and negatives, and mined "
-            "negatives have none of the positive's scale.",
-            where=f"losses.{name}",
-            fix="train on the examples' own negatives, or set distill_scores = 0",
-        )
-    import numpy as np
 
-    table = store.examples(name)
-    if not (np.isfinite(table.score).any() and np.isfinite(table.negative_score).any()):
+
+def _has_scores(
+    config: Train, part: int, name: str, store: Any, scored: Collection[str], refreshed: bool
+) -> None:
+    """Without a teacher's vectors, whose cosines any pair has."""
+    if not config.loss_of(name, part).distill_scores or store.task(name)["kind"] != "retrieval":
+        return
+    if name not in scored:
         raise UsageError(
-            f"Task {name!r} has no teacher's scores: score or negative_score is empty.",
+            f"Task {name!r} has no teacher's scores of positives and hard negatives: its examples "
+            "have none, or it was mined without a reranker (a miner scores the negatives alone).",
             where=f"losses.{name}",
-            fix="give records pos_scores and neg_scores, or set distill_scores = 0 for this task",
+            fix="give records pos_scores and neg_scores, mine with a reranker, set teacher (any "
+            "model's vectors), or set distill_scores = 0 for this task",
+        )
+    if refreshed:
+        raise UsageError(
+            f"Task {name!r} distils scores, and refresh_every mines negatives that have none.",
+            where="refresh_every",
+            fix="set teacher (any model's vectors), refresh_every = 0, or distill_scores = 0",
         )

@@ -73,12 +73,14 @@ class Rows:
     Attributes:
         q, p: raw [b, D]. hard: raw [b, H, D], or None without hard negatives.
         sides: on the same device.
+        guide: a guide's vectors of the three, [b, W], [b, W] and [b, H, W] or None; None without.
     """
 
     q: torch.Tensor
     p: torch.Tensor
     hard: torch.Tensor | None
     sides: Sides
+    guide: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,12 +90,14 @@ class Outcome:
     Attributes:
         loss: (), with everything that is added to it.
         per_dim: [K], of each width in the order of the widths, before they are weighed and added.
-        d_temperature: (), of a learned temperature, from :func:`embkit.losses.value_and_grad`.
+        d_temperature, d_projection: () of a learned temperature and [D, W] of a projection, from
+            :func:`embkit.losses.value_and_grad`.
     """
 
     loss: torch.Tensor
     per_dim: torch.Tensor
     d_temperature: torch.Tensor | None = None
+    d_projection: torch.Tensor | None = None
 
 
 def shares(weight: torch.Tensor, total: torch.Tensor) -> torch.Tensor:

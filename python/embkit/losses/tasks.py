@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from embkit import kernels
+from embkit.errors import UsageError
 from embkit.losses import added
 from embkit.losses.contrastive import contrastive
 from embkit.losses.sides import Outcome, Rows, Share, Sides
@@ -29,6 +30,7 @@ def compute(
     step: int = 0,
     teacher: torch.Tensor | None = None,
     temperature: torch.Tensor | None = None,
+    projection: torch.Tensor | None = None,
 ) -> Outcome:
     """The loss of one batch of one task.
 
@@ -42,8 +44,14 @@ def compute(
         share: the ranks that have the batch between them; all arguments are of this rank's rows
             then, and what is returned is its part of a sum over ranks.
         step: from 0, for widths that join one after another.
-        teacher: [R, W], what the rows' first W numbers are drawn to where ``loss.distill`` is set.
+        teacher: [R, W], what the rows' first W numbers are drawn to where ``loss.distill`` is set,
+            and what decides of negatives where ``loss.guide`` is.
         temperature: (), a learned one, in the place of the configuration's.
+        projection: [D, W], takes embeddings into the space of a teacher that is wider than they.
+
+    Raises:
+        UsageError: a guided loss without a teacher's vectors, or a teacher that is too wide without
+            a projection.
     """
     device = embeddings.device
     loss = config.loss if loss is None else loss
@@ -55,12 +63,24 @@ def compute(
         return flat.reshape(*index.shape, x.shape[1])
 
     own = hard if hard.shape[1] > 0 else None
+    of_teacher: list[torch.Tensor | None] = [None] * 3
+    if teacher is not None:
+        places = (query, positive, own)
+        of_teacher = [None if i is None else side(i, teacher) for i in places]
     rows = Rows(
         q=side(query, embeddings),
         p=side(positive, embeddings),
         hard=None if own is None else side(own, embeddings),
         sides=sides.to(device),
     )
+    if loss.guided and sides.kind != "sts":
+        if of_teacher[0] is None or of_teacher[1] is None:
+            raise UsageError(
+                "The loss is guided by a teacher, and there are no vectors of one.",
+                where="loss.guide",
+                fix="give teacher=, the vectors of the rows that were embedded",
+            )
+        rows = replace(rows, guide=(of_teacher[0], of_teacher[1], of_teacher[2]))
     tau: float | torch.Tensor = config.temperature if loss.temperature is None else loss.temperature
     tau = temperature if temperature is not None else tau
     if sides.kind == "sts":
@@ -77,34 +97,40 @@ def compute(
             )
             out = replace(out, loss=out.loss + loss.distill_scores * more)
     if loss.distill and teacher is not None:
-        sides_of = [None if i is None else side(i, teacher) for i in (query, positive, own)]
-        more = added.distances(rows, sides_of, loss, share)
+        more = added.distances(rows, of_teacher, loss, share, projection)
         out = replace(out, loss=out.loss + loss.distill * more)
     return out
 
 
 def value_and_grad(
-    embeddings: torch.Tensor, *args: Any, temperature: torch.Tensor | None = None, **options: Any
+    embeddings: torch.Tensor,
+    *args: Any,
+    temperature: torch.Tensor | None = None,
+    projection: torch.Tensor | None = None,
+    **options: Any,
 ) -> tuple[Outcome, torch.Tensor]:
     """The loss of a batch, detached, and its gradient by embedding [R, D], float32 for half types.
 
     Args:
         embeddings: as for :func:`compute`, with or without a graph, which is not used.
-        temperature: as for :func:`compute`; its gradient is in the outcome.
+        temperature, projection: as for :func:`compute`; their gradients are in the outcome.
         *args, **options: as for :func:`compute`.
     """
     # Half types hold an embedding; the sum of its gradients from all its places needs more.
     half = embeddings.dtype in (torch.bfloat16, torch.float16)
     leaf = (embeddings.float() if half else embeddings).detach().requires_grad_()
-    tau = None if temperature is None else temperature.detach().clone().requires_grad_()
+    learned = {"temperature": temperature, "projection": projection}
+    own = {k: x.detach().clone().requires_grad_() for k, x in learned.items() if x is not None}
     with torch.enable_grad():
-        out = compute(leaf, *args, temperature=tau, **options)
-        wanted = [leaf] if tau is None else [leaf, tau]
-        gradient, *rest = torch.autograd.grad(out.loss, wanted, allow_unused=tau is not None)
-    found = Outcome(loss=out.loss.detach(), per_dim=out.per_dim.detach())
-    if tau is not None:  # CoSENT has none
-        found = replace(found, d_temperature=torch.zeros_like(tau) if rest[0] is None else rest[0])
-    return found, gradient
+        out = compute(leaf, *args, **{**options, **own})
+        wanted = [leaf, *own.values()]
+        gradient, *rest = torch.autograd.grad(out.loss, wanted, allow_unused=bool(own))
+    # A kind of task may have no use for one: CoSENT has no temperature.
+    slopes = {
+        f"d_{name}": torch.zeros_like(x) if slope is None else slope
+        for (name, x), slope in zip(own.items(), rest, strict=True)
+    }
+    return Outcome(loss=out.loss.detach(), per_dim=out.per_dim.detach(), **slopes), gradient
 
 
 def dim_weights(loss: Loss, dims: Sequence[int], step: int, steps: int) -> list[float] | None:

@@ -37,6 +37,9 @@ class Loss:
         margin: drop negatives whose cosine exceeds the positive's by more, at each width;
             negative ones ask for a distance. margin_rule: "absolute"; "relative", a share of the
             positive's cosine (-0.05 keeps up to 95 % of it); or "off".
+        guide: drop candidates that the stage's ``teacher`` finds nearer than the positive by more
+            than guide_margin (GISTEmbed): "absolute", "relative" (a share of the teacher's cosine
+            of the positive) or "off".
         hard: "own" hard negatives only, or those of all rows, "shared".
         mask: which other rows' positives are no negatives: "keys", of an equal query or equal to
             the positive; "positives", the latter; or "off". Equal is the near-duplicate cluster,
@@ -63,6 +66,8 @@ class Loss:
     hardness: float | None = None
     margin: float | None = None
     margin_rule: str = "absolute"
+    guide: str = "off"
+    guide_margin: float = 0.0
     hard: str = "own"
     mask: str = "keys"
     symmetric: bool = False
@@ -84,6 +89,12 @@ class Loss:
         one_of("loss.dims_schedule", self.dims_schedule, ("joint", "progressive"))
         one_of("loss.distance", self.distance, ("cosine", "l2"))
         one_of("loss.margin_rule", self.margin_rule, ("absolute", "relative", "off"))
+        one_of("loss.guide", self.guide, ("absolute", "relative", "off"))
+        require(
+            math.isfinite(self.guide_margin) and (self.guided or not self.guide_margin),
+            f"loss.guide_margin = {self.guide_margin}, and loss.guide = {self.guide!r}.",
+            'give a number, with loss.guide = "absolute" or "relative"',
+        )
         for name in ("temperature", "cosent_scale", "teacher_temperature"):
             value = getattr(self, name)
             require(
@@ -110,6 +121,11 @@ class Loss:
             "leave loss.temperature out; the learned one starts from the stage's",
         )
         self._check_terms()
+
+    @property
+    def guided(self) -> bool:
+        """Whether a teacher decides what is a negative."""
+        return self.guide != "off"
 
     def _check_terms(self) -> None:
         """What the form and the settings over it leave must be a loss."""

@@ -125,8 +125,8 @@ class Train:
         cosent_scale: lambda of CoSENT (1 / its temperature).
         loss: which candidates a query has, and what is added (docs/losses.md). losses: settings
             of single tasks over it, by the task's name.
-        teacher: a file or folder of vectors, one per row of the store, to distil from; empty
-            for none.
+        teacher: a file or folder of vectors, one per row of the store, to distil from or to be
+            guided by; empty for none.
         token_budget: tokens of a micro-batch, padding included; 0 finds what fits on the GPU
             (docs/step.md). layout: "padded", or "packed" without padding (docs/models.md); "auto"
             packs on a GPU in half precision.
@@ -296,19 +296,25 @@ class Train:
         """Whether a loss trains the temperature."""
         return any(loss.learn_temperature for loss in self._all_losses())
 
+    @property
+    def distils(self) -> bool:
+        """Whether a loss matches a teacher's vectors."""
+        return any(loss.distill > 0 for loss in self._all_losses())
+
     def _all_losses(self) -> list[Loss]:
         """The stage's and those of tasks with settings of their own, in every part."""
         parts = range(max(len(self.parts), 1))
         return [self.loss_of(task, i) for task in ("", *self.losses) for i in parts]
 
     def _check_losses(self) -> None:
-        distils = any(loss.distill > 0 for loss in self._all_losses())
+        asked = self.distils or any(loss.guided for loss in self._all_losses())
         require(
-            distils == bool(self.teacher),
-            "A loss distils from a teacher, and there is none."
-            if distils
+            asked == bool(self.teacher),
+            ("A loss distils from" if self.distils else "A loss is guided by")
+            + " a teacher, and there is none."
+            if asked
             else f"teacher = {self.teacher!r}, and no loss has a factor for it.",
-            "give teacher and loss.distill, or neither",
+            "give teacher and loss.distill or loss.guide, or neither",
         )
         require(
             not self.learns_temperature or self.sharding == "replicate",

@@ -43,7 +43,7 @@ from embkit.train.signals import StopFlag
 from embkit.train.spike import Spikes
 from embkit.train.state import State, stage_of
 from embkit.train.step import Done, Step
-from embkit.train.teachers import Teachers, forget_temperature, learn_temperature
+from embkit.train.teachers import Teachers, forget, learn
 from embkit.train.tensorboard import TensorBoard
 
 if TYPE_CHECKING:
@@ -248,16 +248,15 @@ class _Run:
                 fix=f'set steps = {end}, more epochs, or exhausted = "repeat"',
             )
         tasks = [b.names for b in self.steps.distinct]
-        teachers = Teachers(config, store, tasks)
+        teachers = Teachers(config, store, tasks, mined=negatives, refreshed=miner is not None)
         losses_fit(
             config, encoder.dims, store, tasks, teacher_width=teachers.width,
-            mined=negatives is not None,
-            ranks=ranks.world,
+            scored=teachers.scored, refreshed=miner is not None, ranks=ranks.world,
         )  # fmt: skip
         self.adopt_sides()
         init_sha256 = sha256_tensors(encoder.state_dict())
         checks.same_start(ranks, init_sha256)
-        learn_temperature(encoder, config)
+        learn(encoder, config, teachers.width)
         weights = spread(encoder, config, ranks)
         self.optimizer = Optimizer(encoder, config)
         self.step = Step(
@@ -289,7 +288,7 @@ class _Run:
             self.optimizer.adopt_average()
         if self.sharded:
             self.encoder = self._in_one_piece(whole_state(self.encoder))
-        forget_temperature(self.encoder)
+        forget(self.encoder)
         self.encoder.finish()
         return self.encoder
 

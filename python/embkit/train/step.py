@@ -23,7 +23,12 @@ from embkit.train.optim import Optimizer, learning_rate
 from embkit.train.parallel import Ranks
 from embkit.train.sharding import Replicas, Shards
 from embkit.train.statistics import Statistics
-from embkit.train.teachers import Teachers, add_temperature_gradient, temperature_of
+from embkit.train.teachers import (
+    Teachers,
+    add_learned_gradients,
+    projection_of,
+    temperature_of,
+)
 
 if TYPE_CHECKING:
     from embkit.data.tables import Array
@@ -202,6 +207,7 @@ class Step:
             dims=self.encoder.dims, config=self.config, share=batch.share, step=batch.step,
             loss=batch.loss, teacher=self._teachers.vectors(batch, e_RD.device),
             temperature=temperature_of(self.encoder, batch),
+            projection=projection_of(self.encoder, batch),
         )  # fmt: skip
         factor = batch.weight * self.optimizer.scale
         if factor != 1:
@@ -210,7 +216,7 @@ class Step:
         self._statistics.add(batch, e_RD)
         clock.lap("other")
         chunks.backward(gradient, before_last=self.weights.arm if last else None)
-        add_temperature_gradient(self.encoder, out, factor)
+        add_learned_gradients(self.encoder, out, factor)
         clock.lap("backward")
         return e_RD, out.loss, out.per_dim
 

@@ -326,7 +326,8 @@ def test_opcheck(tiny: None, rng: torch.Generator) -> None:
     """Schema, fakes and autograd registration hold for what Triton returns."""
     leaves, ids = leaves_of(rng), torch.tensor([0, 1, 1, 2, 3, 4])
     keys = (torch.arange(6), None, ids, ids + 1, ids + 2, None, None, None, None)
-    rest = ([2, 16], *keys, True, True, True, False, 0.5, 0.1, False)
+    options = (True, True, True, False, 0.5, 0.1, False, None, None, None, 0.0, False)
+    rest = ([2, 16], *keys, *options)
     utils = ("test_schema", "test_faketensor", "test_autograd_registration")
     torch.library.opcheck(infonce_forward, (*leaves, *rest), test_utils=utils)
     weights = torch.rand(2, 6, generator=rng)

@@ -162,7 +162,8 @@ def test_opcheck(rng: torch.Generator) -> None:
     ids = torch.tensor([0, 1, 1, 2])
     q, p, hard = (torch.randn(*s, 6, generator=rng) for s in ((4,), (4,), (4, 2)))
     leaves = [t.requires_grad_() for t in (q, p, hard, torch.tensor(0.1))]
-    options = (True, True, True, False, 0.5, 0.1, False)
+    guide = [torch.randn(*s, 3, generator=rng) for s in ((4,), (4,), (4, 2))]
+    options = (True, True, True, False, 0.5, 0.1, False, *guide, -0.5, False)
     keys = (torch.arange(4), None, ids, ids + 1, ids + 2, None, None, None, None)
     torch.library.opcheck(infonce_forward, (*leaves, [2, 6], *keys, *options))
     jagged = (
@@ -176,7 +177,7 @@ def test_opcheck(rng: torch.Generator) -> None:
         None,
         None,
     )
-    plain = (False, True, False, False, 0.0, -0.1, True)
+    plain = (False, True, False, False, 0.0, -0.1, True, None, None, None, 0.0, False)
     torch.library.opcheck(infonce_forward, (q, p, None, leaves[3], [6], *jagged, *plain))
     weights = torch.rand(2, 4, generator=rng, requires_grad=True)
     rest = ([2, 6], *keys, *options)

@@ -76,3 +76,15 @@ def test_broken_toml_names_the_line(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="line 2") as caught:
         recipe.load(path)
     assert str(path) in str(caught.value)
+
+
+def test_an_extending_recipe_has_the_mixture_that_it_names(tmp_path: Path) -> None:
+    """Weights of the tasks of other data would name tasks that are not there."""
+    path = tmp_path / "mine.toml"
+    path.write_text(
+        'extends = "gecko"\n[prefinetune]\nsteps = 7\ntasks = { web = 1.0 }\n[tasks.web]\n'
+    )
+    loaded = recipe.load(path)
+    assert loaded.prefinetune.tasks == {"web": 1.0} and loaded.prefinetune.steps == 7
+    assert loaded.prefinetune.batch_size == recipe.load("gecko").prefinetune.batch_size
+    assert set(loaded.tasks) == {"web", "classification"}

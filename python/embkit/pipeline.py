@@ -64,6 +64,7 @@ def run(
     out: Path | str,
     from_stage: str | None = None,
     fresh: bool = False,
+    on_stage: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """Run every stage of a recipe.
 
@@ -72,6 +73,7 @@ def run(
         out: the run directory; everything is inside it.
         from_stage: redo this stage and the ones after it.
         fresh: redo everything.
+        on_stage: called with each stage's name as it begins.
 
     Returns:
         What ``result.json`` holds: scores of every model and width on dev and test, the soup's
@@ -102,14 +104,22 @@ def run(
     device = training_device(torch.device("cpu"), chosen.prefinetune.device)
     with open_ranks(device, timeout=limit) as ranks:
         ranks.once(begin)
-        return _Run(chosen, data, out, ranks).all()
+        return _Run(chosen, data, out, ranks, on_stage).all()
 
 
 class _Run:
     """One run: keeps what later stages need from earlier ones."""
 
-    def __init__(self, recipe: Recipe, data: Path, out: Path, ranks: Ranks) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        data: Path,
+        out: Path,
+        ranks: Ranks,
+        on_stage: Callable[[str], None] | None = None,
+    ) -> None:
         self.recipe, self.data, self.out, self.ranks = recipe, data, out, ranks
+        self.on_stage = on_stage
         self.seconds = _read_json(out / "seconds.json")
         self.current: tuple[str, float] | None = None
 
@@ -292,6 +302,8 @@ class _Run:
         if not self.ranks.first:
             return
         self._close_stage()
+        if self.on_stage is not None:
+            self.on_stage(name)
         self.current = (name, time.monotonic())
         stages = stages_of(self.recipe)
         print(f"[{stages.index(name) + 1}/{len(stages)}] {name}: {about}", flush=True)

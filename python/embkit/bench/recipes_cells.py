@@ -9,17 +9,20 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from embkit import _rust
 from embkit.bench import recipes_data as real
 from embkit.bench import recipes_peer as peer
 from embkit.bench.recipes_peer import cpu
 from embkit.evaluate.tasks import EvalSet, load_split
+
+if TYPE_CHECKING:
+    from embkit.model import Encoder
 
 VERSION = 1  # of what a cell does
 PROBE = 40  # steps from which the cost of a step is taken: tasks differ by much
@@ -258,39 +261,11 @@ class World:
 
     def score(self, cell: Cell, model: Path) -> dict[str, Any]:
         """Scores of a model on the cell's split, from one encode of each text."""
-        import numpy as np
-
-        from embkit.evaluate import metrics
-        from embkit.evaluate.compare import ndcg_of
-        from embkit.evaluate.run import MAIN, encode_set, prefix, score_set
-        from embkit.evaluate.tasks import ClassificationSet, RetrievalSet
         from embkit.model import Encoder
 
         lengths = {"query": self.plan.query, "passage": self.plan.passage}
         encoder = Encoder.from_pretrained(model, max_length=lengths)
-        each: dict[str, dict[str, dict[str, float]]] = {}
-        items: dict[str, dict[str, dict[str, list[float]]]] = {}
-        for found in self.sets(cell.split):
-            whole = encode_set(encoder, found, encoder.width)
-            for width in cell.dims or (encoder.width,):
-                parts = [prefix(p, width) for p in whole]
-                values = None
-                if isinstance(found, RetrievalSet):
-                    values = ndcg_of(found, parts)
-                if isinstance(found, ClassificationSet):
-                    hit = metrics.hits(parts[0], found.train_label, parts[1], found.test_label)
-                    value, values = metrics.mean_accuracy(hit), 100 * hit.mean(axis=0)
-                else:
-                    value = score_set(found, parts)[MAIN[found.type]]
-                each.setdefault(str(width), {}).setdefault(found.type, {})[found.name] = value
-                if values is not None:
-                    by_kind = items.setdefault(str(width), {}).setdefault(found.type, {})
-                    by_kind[found.name] = np.round(values, 4).tolist()
-        kinds = {
-            width: {kind: float(np.mean(list(sets.values()))) for kind, sets in found.items()}
-            for width, found in each.items()
-        }
-        return {"scores": kinds, "sets": each, "items": items}
+        return scores_of(encoder, self.sets(cell.split), cell.dims)
 
     def sets(self, split: str) -> list[EvalSet]:
         """The sets of a split, read once."""
@@ -432,3 +407,37 @@ class World:
         begin, dims = self.start(cell.start), self.plan.model["dims"]
         said = peer.run(begin, rows, out, settings, dims=dims)
         return said["cpu"], said["first"]
+
+
+def scores_of(encoder: Encoder, sets: Sequence[EvalSet], dims: Sequence[int]) -> dict[str, Any]:
+    """Scores, scores by set and items (:meth:`World.result`) at widths; the full one for none."""
+    import numpy as np
+
+    from embkit.evaluate import metrics
+    from embkit.evaluate.compare import ndcg_of
+    from embkit.evaluate.run import MAIN, encode_set, prefix, score_set
+    from embkit.evaluate.tasks import ClassificationSet, RetrievalSet
+
+    each: dict[str, dict[str, dict[str, float]]] = {}
+    items: dict[str, dict[str, dict[str, list[float]]]] = {}
+    for found in sets:
+        whole = encode_set(encoder, found, encoder.width)
+        for width in dims or (encoder.width,):
+            parts = [prefix(p, width) for p in whole]
+            values = None
+            if isinstance(found, RetrievalSet):
+                values = ndcg_of(found, parts)
+            if isinstance(found, ClassificationSet):
+                hit = metrics.hits(parts[0], found.train_label, parts[1], found.test_label)
+                value, values = metrics.mean_accuracy(hit), 100 * hit.mean(axis=0)
+            else:
+                value = score_set(found, parts)[MAIN[found.type]]
+            each.setdefault(str(width), {}).setdefault(found.type, {})[found.name] = value
+            if values is not None:
+                by_kind = items.setdefault(str(width), {}).setdefault(found.type, {})
+                by_kind[found.name] = np.round(values, 4).tolist()
+    kinds = {
+        width: {kind: float(np.mean(list(sets.values()))) for kind, sets in by_kind.items()}
+        for width, by_kind in each.items()
+    }
+    return {"scores": kinds, "sets": each, "items": items}

@@ -66,7 +66,7 @@ def build(real: Path, out: Path) -> Path:
             for name in TEST:
                 for file in ("corpus", "queries", "qrels"):
                     rows = read_jsonl(real / "retrieval" / name / f"{file}.jsonl.zst")
-                    _write(work.dir / "test" / "retrieval" / name / f"{file}.jsonl", rows)
+                    write(work.dir / "test" / "retrieval" / name / f"{file}.jsonl", rows)
             work.publish()
     return out
 
@@ -87,7 +87,7 @@ def variant(
             for path in sorted((folder / "train").iterdir()):
                 rows = change(path.name.split(".")[0], read_jsonl(path))
                 if rows:
-                    _write(work.dir / "train" / path.name.removesuffix(".zst"), rows)
+                    write(work.dir / "train" / path.name.removesuffix(".zst"), rows)
             work.publish()
     return out
 
@@ -122,7 +122,7 @@ def _pairs(real: Path, name: str, out: Path) -> None:
     ]
     held = [row for row in rows if part(group(name, row), _SHARE) == 0] if name in HELD else []
     kept = [row for row in rows if part(group(name, row), _SHARE)] if name in HELD else rows
-    _write(out / "train" / f"{name}.jsonl", kept)
+    write(out / "train" / f"{name}.jsonl", kept)
     if not held:
         return
     corpus = {row["positive"]: str(i) for i, row in enumerate(held)}
@@ -131,10 +131,10 @@ def _pairs(real: Path, name: str, out: Path) -> None:
         answers.setdefault(row["query"], set()).add(corpus[row["positive"]])
     asked = sorted(answers, key=lambda query: part(query, 2**60))[:_QUERIES]
     place = out / "dev" / "retrieval" / name
-    _write(place / "corpus.jsonl", ({"_id": i, "title": "", "text": t} for t, i in corpus.items()))
-    _write(place / "queries.jsonl", ({"_id": f"q{i}", "text": q} for i, q in enumerate(asked)))
+    write(place / "corpus.jsonl", ({"_id": i, "title": "", "text": t} for t, i in corpus.items()))
+    write(place / "queries.jsonl", ({"_id": f"q{i}", "text": q} for i, q in enumerate(asked)))
     judged = [(f"q{i}", a) for i, q in enumerate(asked) for a in sorted(answers[q])]
-    _write(place / "qrels.jsonl", ({"query_id": q, "corpus_id": a, "score": 1} for q, a in judged))
+    write(place / "qrels.jsonl", ({"query_id": q, "corpus_id": a, "score": 1} for q, a in judged))
 
 
 def _sentences(real: Path, out: Path) -> None:
@@ -144,7 +144,7 @@ def _sentences(real: Path, out: Path) -> None:
         ("test", "test/sts/stsb"),
     ):
         rows = read_jsonl(real / "sts" / f"stsb-en.{split}.jsonl.zst")
-        _write(out / f"{target}.jsonl", rows)
+        write(out / f"{target}.jsonl", rows)
 
 
 def _labelled(real: Path, name: str, out: Path) -> None:
@@ -152,14 +152,14 @@ def _labelled(real: Path, name: str, out: Path) -> None:
     test = read_jsonl(real / "classification" / f"{name}.test.jsonl.zst")
     held = [row for row in train if part(row["text"], 8) == 0]
     kept = [row for row in train if part(row["text"], 8)]
-    _write(out / "train" / f"{name}.jsonl", kept)
+    write(out / "train" / f"{name}.jsonl", kept)
     for split, rows, probe in (("dev", held, kept), ("test", test, train)):
         place = out / split / "classification" / name
-        _write(place / "test.jsonl", sorted(rows, key=lambda r: part(r["text"], 2**60))[:_TEXTS])
-        _write(place / "train.jsonl", _per_label(probe))
+        write(place / "test.jsonl", sorted(rows, key=lambda r: part(r["text"], 2**60))[:_TEXTS])
+        write(place / "train.jsonl", per_label(probe))
 
 
-def _per_label(rows: Iterable[Row]) -> list[Row]:
+def per_label(rows: Iterable[Row]) -> list[Row]:
     """At most 40 rows a label, enough for ten draws of eight."""
     taken: dict[str, int] = {}
     out = []
@@ -171,7 +171,8 @@ def _per_label(rows: Iterable[Row]) -> list[Row]:
     return out
 
 
-def _write(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+def write(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Rows as JSON lines; makes the folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     path.write_text("".join(lines), "utf-8")

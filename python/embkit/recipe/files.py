@@ -11,6 +11,9 @@ from embkit.errors import UsageError
 from embkit.recipe.schema import build, plain
 from embkit.recipe.whole import Recipe
 
+# Weights of tasks are one value: those of other data would name tasks that are not there.
+_MIXTURES = (("prefinetune", "tasks"), ("finetune", "tasks"))
+
 
 def builtin() -> dict[str, Path]:
     """Names and files of the recipes that ship with embkit."""
@@ -39,7 +42,8 @@ def read_table(source: Path | str) -> dict[str, Any]:
     """The TOML table of a recipe file or built-in name, unchecked.
 
     With ``extends = "NAME"`` (a built-in recipe, or a file beside this one) it is laid over that
-    recipe's: tables key by key, anything else in the place of what was there.
+    recipe's: tables key by key, anything else, and a mixture of tasks, in the place of what was
+    there.
 
     Raises:
         UsageError: not TOML, or recipes that extend each other in a circle.
@@ -70,12 +74,14 @@ def _read_table(source: Path | str, over: tuple[Path, ...]) -> dict[str, Any]:
     return _laid_over(_read_table(found, (*over, path)), table)
 
 
-def _laid_over(below: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+def _laid_over(
+    below: dict[str, Any], above: Mapping[str, Any], at: tuple[str, ...] = ()
+) -> dict[str, Any]:
     out = dict(below)
     for key, value in above.items():
-        old = out.get(key)
-        both = isinstance(old, dict) and isinstance(value, dict)
-        out[key] = _laid_over(old, value) if both else value  # type: ignore[arg-type]
+        old, here = out.get(key), (*at, key)
+        both = isinstance(old, dict) and isinstance(value, dict) and here not in _MIXTURES
+        out[key] = _laid_over(old, value, here) if both else value  # type: ignore[arg-type]
     return out
 
 

@@ -78,13 +78,18 @@ def test_broken_toml_names_the_line(tmp_path: Path) -> None:
     assert str(path) in str(caught.value)
 
 
-def test_an_extending_recipe_has_the_mixture_that_it_names(tmp_path: Path) -> None:
-    """Weights of the tasks of other data would name tasks that are not there."""
+def test_an_extending_recipe_names_its_own_tasks(tmp_path: Path) -> None:
+    """Those of the recipe below would be tasks that the data lack."""
     path = tmp_path / "mine.toml"
     path.write_text(
-        'extends = "gecko"\n[prefinetune]\nsteps = 7\ntasks = { web = 1.0 }\n[tasks.web]\n'
+        'extends = "gecko"\nprefinetune = { steps = 7, tasks = { web = 1.0 } }\n'
+        '[tasks]\nclassification = "off"\nweb = {}\n[finetune.losses]\nclassification = "off"\n'
     )
     loaded = recipe.load(path)
     assert loaded.prefinetune.tasks == {"web": 1.0} and loaded.prefinetune.steps == 7
     assert loaded.prefinetune.batch_size == recipe.load("gecko").prefinetune.batch_size
-    assert set(loaded.tasks) == {"web", "classification"}
+    assert set(loaded.tasks) == {"web"} and not loaded.finetune.losses
+    off = ["tasks.classification=off", "finetune.losses.classification=off"]
+    assert not recipe.load("gecko", overrides=off).tasks
+    with pytest.raises(UsageError, match="must be a table"):
+        recipe.load("gecko", overrides=["tasks.nowhere=off"])

@@ -33,6 +33,7 @@ _MODEL = {"hidden": 128, "layers": 1, "heads": 4, "intermediate": 256}
 _PRE = {"steps": 70, "batch_size": 256, "lr": 3e-3}
 _FINE = {"steps": 40, "lr": 1e-3, "cosent_scale": 5.0}
 _LENGTHS = {"max_length_query": 32, "max_length_passage": 64}
+_OTHER = {"classification": "off"}  # the demo's task
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,9 +83,9 @@ def systems() -> dict[str, System]:
     classes = {"symmetric": True, "description": "classification", "convert": {"rule": "classes"}}
     gecko = {
         **common,
-        "tasks": dict.fromkeys(folders.LABELS, classes),
+        "tasks": {**_OTHER, **dict.fromkeys(folders.LABELS, classes)},
         "mine": {"candidates": 64},
-        "finetune": {**_FINE, "losses": dict.fromkeys(folders.LABELS, own)},
+        "finetune": {**_FINE, "losses": {**_OTHER, **dict.fromkeys(folders.LABELS, own)}},
     }
     gemini = {
         **common,
@@ -93,12 +94,10 @@ def systems() -> dict[str, System]:
         "mix": {"candidates": 3, "steps": 15, "alone": 15},
     }
     chinese = ("cmrc", "drcd", "snli", "ocnli")
-    kept = {"negatives": "given"}
     conan = {
         "tokenizer": {"max_length_query": 40, "max_length_passage": 96},
         "tasks": {
-            "snli": kept,
-            "ocnli": kept,
+            **_OTHER,
             "tnews": {"convert": {"rule": "classes", "negatives": 40}},
         },
         "model": _MODEL,
@@ -118,9 +117,9 @@ def systems() -> dict[str, System]:
     three = {
         **common,
         "prefinetune": {**_PRE, "tasks": _even(described)},
-        "tasks": {"bitext": {"symmetric": True, "description": "translation"}},
+        "tasks": {**_OTHER, "bitext": {"symmetric": True, "description": "translation"}},
         "mine": {"candidates": 64},
-        "finetune": _FINE,
+        "finetune": {**_FINE, "losses": _OTHER},
     }
     return {
         "gecko": System(recipe="gecko", data="english", table=gecko, **english),
@@ -215,8 +214,7 @@ class Bench:
             chosen, first = recipe.load(self.recipe(seed)), self.system.seeds[0]
             early, late = self.budgets(self.ours(first)["stages"])
             store = self.home / f"ours-{first}" / "store"
-            t = chosen.tokenizer
-            lengths = {"query": t.max_length_query, "passage": t.max_length_passage}
+            lengths = self.lengths()
             start = Encoder.from_config(chosen.model, store / "tokenizer", max_length=lengths)
             model = start.export(out / "start")
             said: list[dict[str, Any]] = []
@@ -239,6 +237,13 @@ class Bench:
             self._keep(kept, {**about, **self.score(model)})
         return dict(json.loads(kept.read_text()))
 
+    def lengths(self) -> dict[str, int]:
+        """Tokens that a query and a passage keep, of both sides."""
+        from embkit import recipe
+
+        t = recipe.load(self.recipe(self.system.seeds[0])).tokenizer
+        return {"query": t.max_length_query, "passage": t.max_length_passage}
+
     def _clean(self) -> Path:
         run = self.home / f"ours-{self.system.seeds[0]}"
         return run / "filtered" if (run / "filtered").is_dir() else run / "clean"
@@ -249,7 +254,7 @@ class Bench:
         from embkit.evaluate.tasks import load_split
         from embkit.model import Encoder
 
-        encoder = Encoder.from_pretrained(model)
+        encoder = Encoder.from_pretrained(model, max_length=self.lengths())
         widths = sorted({max(encoder.dims), min(encoder.dims)}, reverse=True)
         return scores_of(encoder, load_split(self.data / "test"), widths)
 

@@ -90,12 +90,12 @@ def three(real: Path, out: Path) -> Path:
         for name, path in files.items():
             rows = read_jsonl(path)
             if name == "jaquad":
-                rows = [row for row in rows if part(row["positive"], 4) == 1]
+                rows = [row for row in rows if part(row["positive"], 64) < 16]
             if name != "bitext":
                 _retrieval(name, rows, train, held, share=16)
                 continue
             wanted = [f"{x}-en" for x in THREE]
-            rows = [row for row in rows if row["lang"] in wanted and part(row["positive"], 2)]
+            rows = [row for row in rows if row["lang"] in wanted and part(row["positive"], 64) < 32]
             _retrieval(name, rows, train, held, share=16, each="lang")
 
     return _build("three", out, list(files.values()), make)

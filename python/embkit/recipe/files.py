@@ -43,7 +43,7 @@ def read_table(source: Path | str) -> dict[str, Any]:
 
     With ``extends = "NAME"`` (a built-in recipe, or a file beside this one) it is laid over that
     recipe's: tables key by key, anything else, and a mixture of tasks, in the place of what was
-    there.
+    there; "off" takes a table away.
 
     Raises:
         UsageError: not TOML, or recipes that extend each other in a circle.
@@ -80,6 +80,9 @@ def _laid_over(
     out = dict(below)
     for key, value in above.items():
         old, here = out.get(key), (*at, key)
+        if _removes(value, old):
+            del out[key]
+            continue
         both = isinstance(old, dict) and isinstance(value, dict) and here not in _MIXTURES
         out[key] = _laid_over(old, value, here) if both else value  # type: ignore[arg-type]
     return out
@@ -107,7 +110,15 @@ def apply_override(table: dict[str, Any], item: str) -> None:
         at = at.setdefault(section, {})
         if not isinstance(at, dict):
             raise UsageError(f"--set {item!r}: {section} is no section.")
-    at[last] = value
+    if _removes(value, at.get(last)):
+        del at[last]
+    else:
+        at[last] = value
+
+
+def _removes(value: Any, old: Any) -> bool:
+    """Whether "off" takes away a table, such as what is said of a task that other data lack."""
+    return value == "off" and isinstance(old, dict)
 
 
 def to_table(recipe: Recipe) -> dict[str, Any]:

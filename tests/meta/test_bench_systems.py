@@ -165,15 +165,16 @@ def test_the_peer_gets_our_texts_our_weights_and_our_seconds(
         model: Path, rows: Path, out: Path, settings: Mapping[str, Any], *, dims: Sequence[int]
     ) -> dict[str, Any]:
         calls.append((model, sorted(p.stem for p in rows.iterdir()), dict(settings), dims))
-        shutil.copytree(model, out / "model")
-        return {"cpu": 1.5, "steps": 7 + len(calls)}
+        shutil.copytree(model, out / "model", dirs_exist_ok=True)
+        return {"first": 0.5, "cpu": 0.5 + 0.01 * (settings["steps"] - 1)}
 
     monkeypatch.setattr(recipes_peer, "run", run)
     theirs = bench.peer(3)
-    assert (theirs["cpu"], theirs["steps"]) == (3.0, [8, 9])
-    (start, early, pre, dims), (then, late, fine, _) = calls
+    (start, early, pre, dims), _, (then, late, _, _), (_, _, fine, _) = calls[:4]
     assert early == ["retrieval"] and late == ["classification", "retrieval", "sts"]
-    assert [pre["budget"], fine["budget"]] == list(bench.budgets(ours["stages"]))
+    budgets = bench.budgets(ours["stages"])  # at 0.01 s a step after 0.5 s
+    assert theirs["steps"] == [max(1, round((b - 0.5) / 0.01)) for b in budgets]
+    assert calls[1][2]["steps"] == theirs["steps"][0] and fine["steps"] == theirs["steps"][1]
     assert (pre["lr"], fine["lr"], dims) == (2e-3, 5e-4, (16, 8)) and then.parent.name == "stage-0"
     mine, other = (
         load_file(p / "model.safetensors") for p in (bench.home / "ours-3/init/model", start)
@@ -181,12 +182,13 @@ def test_the_peer_gets_our_texts_our_weights_and_our_seconds(
     assert all(np.array_equal(mine[name], other[name]) for name in mine)
     assert "task:" not in (start / "config_sentence_transformers.json").read_text()
     bench.peer(4)
-    assert [c[2]["steps"] for c in calls[2:]] == [8, 9]
-    assert [c[2]["budget"] for c in calls[2:]] == [0, 0]
+    assert [c[2]["steps"] for c in calls[4:]] == theirs["steps"]
     monkeypatch.setattr("embkit.bench.rivals.interpreter", lambda: Path("python"))
     bench.system = replace(bench.system, seeds=(3,))
     case = systems.row("gecko", bench)
-    assert case.facts["difference_of"] == "retrieval" and case.facts["peer_steps"] == [8, 9]
+    assert (
+        case.facts["difference_of"] == "retrieval" and case.facts["peer_steps"] == theirs["steps"]
+    )
     assert case.ours().value == pytest.approx(np.mean(list(ours["scores"]["16"].values())))
 
 

@@ -28,6 +28,7 @@ from embkit.bench.recipes_rows import case_of, found
 
 _VERSION = 1  # of what a run is
 _SEEDS = (0, 1, 2)
+_PROBE = 16  # steps from which the cost of a step is taken
 _PREPARED = ("records", "clean", "filtered", "store")  # stages that no seed changes
 _MODEL = {"hidden": 128, "layers": 1, "heads": 4, "intermediate": 256}
 _PRE = {"steps": 70, "batch_size": 256, "lr": 3e-3}
@@ -70,10 +71,11 @@ def systems() -> dict[str, System]:
     """The systems by the name of their row."""
     english = {
         "pre": ("debian_desc", "foldoc", "tldr_page"),
-        "fine": ("debian_desc", "medquad", "tldr_code"),
+        "fine": ("debian_desc", "foldoc", "tldr_page", "medquad", "tldr_code"),
         "sts": ("stsb",),
         "labels": folders.LABELS,
     }
+    longer = {**_FINE, "steps": 80}
     common = {
         "tokenizer": _LENGTHS,
         "model": {**_MODEL, "dims": [128, 64, 32]},
@@ -85,12 +87,12 @@ def systems() -> dict[str, System]:
         **common,
         "tasks": {**_OTHER, **dict.fromkeys(folders.LABELS, classes)},
         "mine": {"candidates": 64},
-        "finetune": {**_FINE, "losses": {**_OTHER, **dict.fromkeys(folders.LABELS, own)}},
+        "finetune": {**longer, "losses": {**_OTHER, **dict.fromkeys(folders.LABELS, own)}},
     }
     gemini = {
         **common,
         "mine": {"candidates": 64},
-        "finetune": _FINE,
+        "finetune": longer,
         "mix": {"candidates": 3, "steps": 15, "alone": 15},
     }
     chinese = ("cmrc", "drcd", "snli", "ocnli")
@@ -227,11 +229,13 @@ class Bench:
             ):
                 rows = recipes_peer.export(self._clean(), self.home / f"pairs-{i}", tasks)
                 settings = {"batch": 256 if i == 0 else 128, "lr": config.lr, "labels": True}
-                settings |= {"scale": 1 / config.temperature, "seed": seed, "probe": 8}
-                settings |= {"budget": 0, "steps": steps[i]} if steps else {"budget": budget}
-                stage = out / f"stage-{i}"
-                dims = chosen.model.dims
-                said.append(recipes_peer.run(model, rows, stage, settings, dims=dims))
+                settings |= {"scale": 1 / config.temperature, "seed": seed}
+                stage, dims = out / f"stage-{i}", chosen.model.dims
+                asked = steps[i] if steps else _steps(model, rows, stage, settings, dims, budget)
+                settings["steps"] = asked
+                said.append(
+                    {**recipes_peer.run(model, rows, stage, settings, dims=dims), "steps": asked}
+                )
                 model = stage / "model"
             about = {"cpu": sum(s["cpu"] for s in said), "steps": [s["steps"] for s in said]}
             self._keep(kept, {**about, **self.score(model)})
@@ -260,6 +264,22 @@ class Bench:
 
     def _keep(self, path: Path, content: Mapping[str, Any]) -> None:
         _rust.publish_file(str(path), (json.dumps(content) + "\n").encode())
+
+
+def _steps(
+    model: Path,
+    rows: Path,
+    out: Path,
+    settings: Mapping[str, Any],
+    dims: tuple[int, ...],
+    budget: float,
+) -> int:
+    """Steps of sentence-transformers that CPU seconds allow, from a probe that is not counted."""
+    from embkit.bench import recipes_peer
+
+    said = recipes_peer.run(model, rows, out, {**settings, "steps": _PROBE}, dims=dims)
+    step = (said["cpu"] - said["first"]) / (_PROBE - 1)
+    return max(1, round((budget - said["first"]) / step))
 
 
 @dataclass(frozen=True)

@@ -69,7 +69,7 @@ def _even(names: tuple[str, ...], share: float = 1.0) -> dict[str, float]:
 
 def systems() -> dict[str, System]:
     """The systems by the name of their row."""
-    english = {
+    english: dict[str, Any] = {
         "pre": ("debian_desc", "foldoc", "tldr_page"),
         "fine": ("debian_desc", "foldoc", "tldr_page", "medquad", "tldr_code"),
         "sts": ("stsb",),

@@ -445,15 +445,42 @@ def soup(
 @app.command()
 def evaluate(
     model: Annotated[Path, typer.Argument(help="A model directory or training run.")],
-    on: Annotated[Path, typer.Argument(help="Folder of evaluation sets.")],
+    on: Annotated[
+        Path | None, typer.Argument(help="Folder of sets, scored with embkit's own measures.")
+    ] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option("--tasks", help="Tasks or benchmarks of mteb, or folders; with commas."),
+    ] = None,
+    against: Annotated[
+        Path | None, typer.Option("--against", help="A second model, compared in pairs.")
+    ] = None,
+    dims: Annotated[str | None, typer.Option("--dims", help="Widths, e.g. 768,256.")] = None,
+    precision: Annotated[
+        str, typer.Option("--precision", help="Of float, int8 and binary; with commas.")
+    ] = "float",
+    leaks: Annotated[
+        Path | None, typer.Option("--leaks", help="Dedup stage that has found leaks.")
+    ] = None,
+    held_out: Annotated[
+        list[Path] | None,
+        typer.Option("--held-out", help="What that stage compared with; repeatable."),
+    ] = None,
+    cache: Annotated[
+        Path | None, typer.Option("--cache", help="Directory that keeps vectors of texts.")
+    ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Directory to publish.")] = None,
+    fresh: Fresh = False,
 ) -> None:
     """Score every MRL width from one encode of each text."""
-    from embkit.evaluate import evaluate as score
-    from embkit.model import Encoder
+    from embkit.evaluate import words
 
-    result = score(Encoder.from_pretrained(model), on, out=out)
-    print(json.dumps(result, indent=1))
+    print(
+        words.evaluate(
+            model, on, tasks=tasks, against=against, dims=dims, precision=precision, leaks=leaks,
+            held_out=held_out or [], cache=cache, out=out, fresh=fresh,
+        )
+    )  # fmt: skip
 
 
 @app.command()

@@ -16,8 +16,9 @@ from embkit.errors import CorruptError, UsageError
 from embkit.evaluate import evaluate, judge, load_split
 from embkit.evaluate import run as runner
 from embkit.evaluate.bm25 import bm25_rank
+from embkit.evaluate.kinds import held_out_sets
 from embkit.evaluate.run import prefix, score_set
-from embkit.evaluate.tasks import RetrievalSet, held_out_sets
+from embkit.evaluate.tasks import RetrievalSet
 
 
 def test_every_width_equals_an_encode_at_that_width(encoder: Any, split: Path) -> None:

@@ -81,7 +81,7 @@ def store(out: Path) -> None:
 
 
 def tables(out: Path) -> None:
-    """clusters, filters, scores, negatives, embeddings."""
+    """clusters, filters, scores, negatives, embeddings, text_embeddings."""
     container.save(
         out / "clusters-v1.safetensors",
         {
@@ -131,6 +131,15 @@ def tables(out: Path) -> None:
             "normalised": "true",
             "prompts": '{"passage": "", "query": "q: "}',
         },
+    )
+    container.save(
+        out / "text_embeddings-v1.safetensors",
+        {
+            "key": np.arange(32, dtype=np.uint8).reshape(2, 16),
+            "embedding": f32(0.6, -0.8, 3.0, 0.0).reshape(2, 2),
+        },
+        kind="embkit.text_embeddings",
+        metadata={"model": "0" * 64, "normalised": "false"},
     )
 
 

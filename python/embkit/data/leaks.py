@@ -264,7 +264,8 @@ def _common(held: HeldOut, found: Mapping[str, Any]) -> dict[str, Any]:
 
 def _sets(path: Path) -> Iterator[tuple[str, list[str]]]:
     """Names and texts of the sets below a path."""
-    from embkit.evaluate.tasks import held_out_sets, is_split, load_retrieval, texts_of
+    from embkit.evaluate.kinds import held_out_sets, is_split, texts_of
+    from embkit.evaluate.tasks import load_retrieval
 
     if path.is_file():
         yield path.name, _strings(path)

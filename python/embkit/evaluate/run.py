@@ -60,7 +60,7 @@ def evaluate(
         CorruptError: a broken set.
     """
     folder = Path(folder)
-    widths = _widths(encoder, dims)
+    widths = widths_of(encoder, dims)
     if encoder is None and not bm25:
         raise UsageError("Nothing to evaluate.", fix="give an encoder, or bm25=True")
     sets = load_split(folder)
@@ -86,12 +86,13 @@ def judge(encoder: Encoder, folder: Path | str) -> float:
     What it scores is remembered in this process: :func:`evaluate` of the same model is then free.
     """
     folder = Path(folder)
-    widths = _widths(encoder, None)
+    widths = widths_of(encoder, None)
     tasks = _model_scores(encoder, folder, load_split(folder), widths, Bar("", None, ""))
     return float(_means(tasks, widths)["mean"][str(max(widths))])
 
 
-def _widths(encoder: Encoder | None, dims: Sequence[int] | None) -> list[int]:
+def widths_of(encoder: Encoder | None, dims: Sequence[int] | None) -> list[int]:
+    """Widths to score, widest first; the encoder's own by default, none without an encoder."""
     if encoder is None:
         return []
     full = max(encoder.dims)
@@ -137,7 +138,7 @@ def _model_scores(
 
 def score_sets(encoder: Encoder, sets: Sequence[EvalSet]) -> dict[str, Any]:
     """What :func:`evaluate` returns, of sets that are loaded; remembers and prints nothing."""
-    widths = _widths(encoder, None)
+    widths = widths_of(encoder, None)
     tasks = _encode_and_score(encoder, sets, widths, Bar("", None, ""))
     return {"tasks": tasks, **_means(tasks, widths)}
 

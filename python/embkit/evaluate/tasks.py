@@ -2,12 +2,11 @@
 
 A split folder (``dev/`` or ``test/`` of a data folder) holds ``retrieval/<name>/{corpus,queries,
 qrels}``, ``sts/<name>`` and ``classification/<name>/{train,test}``, each JSON lines, plain or
-compressed. Nothing here needs torch.
+compressed. Nothing here needs torch. The other kinds are in :mod:`embkit.evaluate.kinds`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,11 +90,11 @@ def load_split(folder: Path | str) -> list[EvalSet]:
             fix=fix,
         )
     sets: list[EvalSet] = []
-    for path in _folders(folder / "retrieval"):
+    for path in folders(folder / "retrieval"):
         sets.append(load_retrieval(path))
-    for path in _files(folder / "sts"):
+    for path in files(folder / "sts"):
         sets.append(load_sts(path))
-    for path in _folders(folder / "classification"):
+    for path in folders(folder / "classification"):
         sets.append(load_classification(path))
     if not sets:
         raise UsageError(
@@ -108,8 +107,8 @@ def load_split(folder: Path | str) -> list[EvalSet]:
 
 def load_retrieval(folder: Path) -> RetrievalSet:
     """Read a BEIR triple; a query without a judgement above 0 is left out, as BEIR does."""
-    corpus_rows = read_jsonl(_file(folder, "corpus"))
-    query_rows = read_jsonl(_file(folder, "queries"))
+    corpus_rows = read_jsonl(set_file(folder, "corpus"))
+    query_rows = read_jsonl(set_file(folder, "queries"))
     if not corpus_rows:
         raise CorruptError("The corpus is empty.", where=folder, fix="give corpus.jsonl passages")
     if not query_rows:
@@ -136,7 +135,7 @@ def load_retrieval(folder: Path) -> RetrievalSet:
     kept = [i for i, answers in enumerate(judged) if answers]
     if not kept:
         raise CorruptError("No query has a judged passage.", where=folder, fix="see qrels")
-    texts = [_text(row, "text", folder / "queries") for row in query_rows]
+    texts = [text_of(row, "text", folder / "queries") for row in query_rows]
     return RetrievalSet(
         name=f"retrieval/{folder.name}",
         corpus=[joined(row) for row in corpus_rows],
@@ -160,8 +159,8 @@ def load_sts(path: Path) -> StsSet:
         ) from error  # fmt: skip
     return StsSet(
         name=f"sts/{stem(path)}",
-        first=[_text(row, "sentence1", path) for row in rows],
-        second=[_text(row, "sentence2", path) for row in rows],
+        first=[text_of(row, "sentence1", path) for row in rows],
+        second=[text_of(row, "sentence2", path) for row in rows],
         score=score,
     )
 
@@ -170,7 +169,7 @@ def load_classification(folder: Path) -> ClassificationSet:
     """Read ``text, label`` rows of train and test."""
     parts: dict[str, tuple[list[str], list[str]]] = {}
     for part in ("train", "test"):
-        path = _file(folder, part)
+        path = set_file(folder, part)
         rows = read_jsonl(path)
         if not rows:
             raise CorruptError(f"The {part} part is empty.", where=path, fix="add labelled texts")
@@ -179,7 +178,7 @@ def load_classification(folder: Path) -> ClassificationSet:
             raise CorruptError(
                 f"Row {missing} has no label.", where=path, fix="columns text and label"
             )
-        parts[part] = ([_text(r, "text", path) for r in rows], [str(r["label"]) for r in rows])
+        parts[part] = ([text_of(r, "text", path) for r in rows], [str(r["label"]) for r in rows])
     if len(set(parts["train"][1])) < 2:
         raise CorruptError("There is only one label.", where=folder, fix="add a second class")
     return ClassificationSet(
@@ -191,39 +190,22 @@ def load_classification(folder: Path) -> ClassificationSet:
     )
 
 
-def held_out_sets(folder: Path) -> Iterator[tuple[str, list[str]]]:
-    """Per set of a split, its name and the texts that training must not have seen."""
-    for found in load_split(folder):
-        yield found.name, texts_of(found)
-
-
-def texts_of(found: EvalSet) -> list[str]:
-    """Texts of a set that training must not have seen.
-
-    Queries and judged passages of retrieval sets, sentence pairs, and the test part of
-    classification sets. Unjudged passages are only distractors, and the train part of a probe is
-    training data by definition.
-    """
-    if isinstance(found, RetrievalSet):
-        return [*found.queries, *(found.corpus[i] for i in found.seen)]
-    if isinstance(found, StsSet):
-        return [*found.first, *found.second]
-    return list(found.test)
-
-
-def _folders(folder: Path) -> list[Path]:
+def folders(folder: Path) -> list[Path]:
+    """Folders in a folder that may not be there, by name."""
     if not folder.is_dir():
         return []
     return sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
 
 
-def _files(folder: Path) -> list[Path]:
+def files(folder: Path) -> list[Path]:
+    """JSON lines files in a folder that may not be there, by name."""
     if not folder.is_dir():
         return []
     return sorted(p for p in folder.iterdir() if p.is_file() and p.name.endswith(JSONL))
 
 
-def _file(folder: Path, name: str) -> Path:
+def set_file(folder: Path, name: str) -> Path:
+    """One of a set's files, whatever its suffix."""
     path = beir_file(folder, name)
     if path is None:
         raise FileNotFoundError(2, "The set has no such file", str(folder / f"{name}.jsonl[.zst]"))
@@ -232,7 +214,7 @@ def _file(folder: Path, name: str) -> Path:
 
 def _qrels(folder: Path) -> Path:
     tables = sorted((folder / "qrels").glob("*.tsv"))
-    return beir_file(folder, "qrels") or (tables[0] if tables else _file(folder, "qrels"))
+    return beir_file(folder, "qrels") or (tables[0] if tables else set_file(folder, "qrels"))
 
 
 def _positions(rows: list[dict[str, Any]], where: Path) -> dict[str, int]:
@@ -247,7 +229,8 @@ def _positions(rows: list[dict[str, Any]], where: Path) -> dict[str, int]:
     return out
 
 
-def _text(row: dict[str, Any], column: str, where: Path) -> str:
+def text_of(row: dict[str, Any], column: str, where: Path) -> str:
+    """The text in a column; CorruptError without one."""
     value = row.get(column)
     if not isinstance(value, str):
         raise CorruptError(

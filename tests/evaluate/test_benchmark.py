@@ -51,6 +51,10 @@ def test_every_kind_has_a_score_and_an_interval(made: Any) -> None:
         assert of["scores"]["20"]["float"]["score"] != of["scores"]["5"]["float"]["score"]
     means = [result["types"][kind]["20"]["float"] for kind in KINDS]
     assert result["mean"]["20"]["float"] == pytest.approx(np.mean(means))
+    page = (made[1] / "out" / "report.html").read_text()
+    assert page.count("<svg") == 2
+    for of in result["tasks"].values():
+        assert f"{of['scores']['5']['float']['high']:.2f}]</td>" in page
     shown = table(result)
     assert "retrieval-small" in shown and "mean over types" in shown
 
@@ -186,7 +190,7 @@ def test_two_models_in_pairs(encoder: Any, folder: Path, made: Any, tmp_path: Pa
         assert cell["low"] < cell["difference"] < cell["high"]
     each = [c["difference"] for c in got["against"]["tasks"].values()]
     assert got["against"]["mean"]["difference"] == pytest.approx(np.mean(each))
-    assert "minus embkit/other" in table(got)
+    assert "embkit/model minus that" in table(got)
 
 
 def test_scores_without_leaked_examples(encoder: Any, folder: Path, tmp_path: Path) -> None:

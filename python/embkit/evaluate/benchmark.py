@@ -115,6 +115,8 @@ def evaluate_tasks(
         return _score(models, chosen, precisions, leaked, None, bootstrap)
     import mteb
 
+    from embkit.report.tasks_page import write_tasks_report
+
     params = {
         "models": [[m.name, m.vectors.model, m.widths] for m in models],
         "tasks": [[t.metadata.name, t.metadata.revision] for t in chosen],
@@ -130,6 +132,8 @@ def evaluate_tasks(
             result = _score(models, chosen, precisions, leaked, work.dir, bootstrap)
             text = json.dumps(result, indent=1, sort_keys=True, allow_nan=False)
             (work.dir / "result.json").write_text(text + "\n", encoding="utf-8")
+            page = write_tasks_report(json.loads(text))
+            (work.dir / "report.html").write_text(page, encoding="utf-8")
             work.publish({"mean": result["mean"]})
     return dict(json.loads((Path(out) / "result.json").read_text(encoding="utf-8")))
 

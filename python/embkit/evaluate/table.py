@@ -1,56 +1,67 @@
-"""A result of ``evaluate_tasks`` as text."""
+"""A result of ``evaluate_tasks`` as rows of text, for the terminal and the page."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from embkit.errors import EmbkitError
 from embkit.evaluate.vectors import PRECISIONS
 
 
-def table(result: Mapping[str, Any]) -> str:
-    """A result as text: a row per task with score and interval at full width, a column per variant.
+def variants(result: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Widths and precisions of the first model, widest first, float first."""
+    found = [(w, p) for w, of in result["mean"].items() for p in of]
+    return sorted(found, key=lambda v: (-int(v[0]), PRECISIONS.index(v[1])))
 
-    Raises:
-        EmbkitError: nothing was scored.
-    """
-    if not result["tasks"]:
-        raise EmbkitError("The result has no tasks.")
-    variants = [(w, p) for w, of in result["mean"].items() for p in of]
-    variants.sort(key=lambda v: (-int(v[0]), PRECISIONS.index(v[1])))
-    head = ["task", "measure"] + [w if p == "float" else f"{w} {p}" for w, p in variants]
-    rows = [head]
+
+def rows(result: Mapping[str, Any]) -> list[list[str]]:
+    """Titles, then a row per task with scores and intervals, one without leaked examples below it
+    where there are any, and the mean over types; every row as long as the titles."""
+    shown = variants(result)
+    out = [["task", "measure", *(w if p == "float" else f"{w} {p}" for w, p in shown)]]
     for name, of in result["tasks"].items():
-        rows.append([name, of["measure"], *(_cell(of["scores"][w][p]) for w, p in variants)])
-        if "clean" in of["scores"][variants[0][0]][variants[0][1]]:
-            cells = [of["scores"][w][p]["clean"] for w, p in variants]
-            label = f"  without {of['leaked']} leaked"
-            rows.append([label, "", *(f"{value:.2f}" for value in cells)])
-    rows.append(["mean over types", "", *(f"{result['mean'][w][p]:.2f}" for w, p in variants)])
-    if "against" in result:
-        other = result["against"]
-        rows.append([f"minus {other['model']}", "", ""])
-        for name, cell in [*other["tasks"].items(), ("mean over tasks", other["mean"])]:
-            rows.append([f"  {name}", "", _signed(cell)])
-    sizes = [max(len(row[i]) for row in rows if i < len(row)) for i in range(len(head))]
-    lines = [
-        "  ".join(
-            cell.ljust(size) if i < 2 else cell.rjust(size)
-            for i, (cell, size) in enumerate(zip(row, sizes, strict=False))
-        )
-        for row in rows
+        cells = [of["scores"][w][p] for w, p in shown]
+        out.append([name, of["measure"], *(_cell(cell) for cell in cells)])
+        if "clean" in cells[0]:
+            clean = [_cell(cell, "clean", "clean_") for cell in cells]
+            out.append([f"  without {of['leaked']} leaked", "", *clean])
+    out.append(["mean over types", "", *(f"{result['mean'][w][p]:.2f}" for w, p in shown)])
+    return out
+
+
+def differences(result: Mapping[str, Any]) -> list[list[str]]:
+    """Titles, then a row per task: the second model's score and the first's lead over it."""
+    other = result["against"]
+    out = [["task", str(other["model"]), f"{result['model']} minus that"]]
+    out += [
+        [n, f"{c['score']:.2f}", _cell(c, "difference", sign="+")]
+        for n, c in other["tasks"].items()
     ]
-    return "\n".join(line.rstrip() for line in lines)
+    return [*out, ["mean over tasks", "", _cell(other["mean"], "difference", sign="+")]]
 
 
-def _cell(cell: Mapping[str, float]) -> str:
-    if "low" not in cell:
-        return f"{cell['score']:.2f}"
-    return f"{cell['score']:.2f} [{cell['low']:.2f}, {cell['high']:.2f}]"
+def table(result: Mapping[str, Any]) -> str:
+    """The rows as aligned text; with a second model, the differences below."""
+    blocks = [_aligned(rows(result), 2)]
+    if "against" in result:
+        blocks.append(_aligned(differences(result), 1))
+    return "\n\n".join(blocks)
 
 
-def _signed(cell: Mapping[str, float]) -> str:
-    if "low" not in cell:
-        return f"{cell['difference']:+.2f}"
-    return f"{cell['difference']:+.2f} [{cell['low']:+.2f}, {cell['high']:+.2f}]"
+def _aligned(lines: list[list[str]], left: int) -> str:
+    sizes = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    padded = [
+        "  ".join(
+            cell.ljust(size) if i < left else cell.rjust(size)
+            for i, (cell, size) in enumerate(zip(line, sizes, strict=True))
+        )
+        for line in lines
+    ]
+    return "\n".join(line.rstrip() for line in padded)
+
+
+def _cell(cell: Mapping[str, float], value: str = "score", of: str = "", sign: str = "") -> str:
+    shown = f"{cell[value]:{sign}.2f}"
+    if f"{of}low" not in cell:
+        return shown
+    return f"{shown} [{cell[f'{of}low']:{sign}.2f}, {cell[f'{of}high']:{sign}.2f}]"

@@ -30,9 +30,6 @@ def evaluate(
     Raises:
         UsageError: neither a folder nor tasks, both, or options that need tasks without them.
     """
-    from embkit.evaluate import evaluate as score
-    from embkit.model import Encoder
-
     widths = _widths(dims)
     if (on is None) == (tasks is None):
         raise UsageError(
@@ -45,6 +42,9 @@ def evaluate(
         needs += ["--precision"] if precision != "float" else []
         if needs:
             raise UsageError(f"{needs[0]} goes with --tasks.", fix=f"write --tasks {on}")
+        from embkit.evaluate.run import evaluate as score
+        from embkit.model import Encoder
+
         result = score(Encoder.from_pretrained(model), on, dims=widths, out=out, fresh=fresh)
         return json.dumps(result, indent=1)
     if bool(held_out) != (leaks is not None):
@@ -55,6 +55,7 @@ def evaluate(
     from embkit.evaluate.benchmark import evaluate_tasks
     from embkit.evaluate.leaked import leaked_texts
     from embkit.evaluate.table import table
+    from embkit.model import Encoder
 
     more: dict[str, Any] = {}
     if against is not None:

@@ -21,7 +21,7 @@ from embkit.bench.recipes_cells import Cell, World
 from embkit.bench.recipes_rows import REAL, case_of, found, world_of
 from embkit.bench.rivals import interpreter
 
-BUDGET = 150.0  # CPU seconds
+BUDGET = 100.0  # CPU seconds
 PAIRS = tuple(dict.fromkeys((*real.PRE, *real.FINE)))
 PLAN = replace(REAL, pre=(), fine=PAIRS, passage=256)
 

@@ -311,9 +311,10 @@ def mine(
             raise UsageError("There is no store.", fix="embkit mine MODEL STORE --out DIR")
         models = [name for name in (model or "-").split(",") if name != "-"]
         chosen, limit = _settings(settings, set_), _bytes(memory)
+        wanted = pipeline.mined_tasks(chosen, Store(store))
         mine_negatives(
             models, store, out=out, rules=chosen.mine, embeddings=embeddings, memory=limit,
-            tasks=pipeline.mined_tasks(chosen, Store(store)), fresh=fresh,
+            tasks=wanted, classes=pipeline.mined_classes(chosen, wanted), fresh=fresh,
         )  # fmt: skip
         print(audit_table(json.loads((out / "report.json").read_text("utf-8"))))
     if explain_ is not None:

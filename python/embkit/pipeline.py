@@ -140,7 +140,14 @@ class _Run:
         mined = None
         if wanted:
             mined = self._by_first(
-                lambda: mine(pre, store, out=out / "mined", rules=recipe.mine, tasks=wanted)
+                lambda: mine(
+                    pre,
+                    store,
+                    out=out / "mined",
+                    rules=recipe.mine,
+                    tasks=wanted,
+                    classes=mined_classes(recipe, wanted),
+                )
             )
 
         runs = self._runs(pre, store, mined)
@@ -414,6 +421,27 @@ def mined_tasks(recipe: Recipe, store: Store) -> list[str]:
     ]
 
 
+def mined_classes(recipe: Recipe, tasks: Sequence[str]) -> dict[str, dict[str, str]]:
+    """Classes of the texts of those tasks that are labelled sets turned into pairs, whose mined
+    negatives must be of other classes; from the files of the data folder."""
+    from embkit.data.sources import classes_of, find, of_tasks
+
+    labelled = _labelled(recipe, tasks)
+    if not labelled:
+        return {}
+    files = training_files(data_folder(recipe))
+    found: dict[str, dict[str, str]] = {name: {} for name in labelled}
+    for source in of_tasks(find(files, task=None, kind="auto"), recipe.tasks):
+        if source.task in found:
+            found[source.task] |= classes_of(source)
+    return found
+
+
+def _labelled(recipe: Recipe, tasks: Sequence[str]) -> list[str]:
+    rules = {name: recipe.tasks.get(name, Task()).convert.rule for name in tasks}
+    return [name for name, rule in rules.items() if rule == "classes"]
+
+
 def dedup_options(recipe: Recipe) -> dict[str, Any]:
     """Keyword arguments of :func:`embkit.data.dedup`."""
     return dict(recipes.to_table(recipe)["dedup"])
@@ -463,8 +491,13 @@ def miner(recipe: Recipe, store: Path) -> Miner:
     ]
 
     given = {name: {"negatives": "given"} for name, task in recipe.tasks.items() if not task.mined}
-    if given:
-        settings += ["--set", f"tasks={_toml(given)}"]
+    plain = recipes.to_table(recipe)["tasks"]
+    labelled = _labelled(recipe, [name for name, task in recipe.tasks.items() if task.mined])
+    told = {**given, **{name: plain[name] for name in labelled}}
+    if told:
+        settings += ["--set", f"tasks={_toml(told)}"]
+    if labelled and recipe.data.path is not None:  # where their classes are
+        settings += ["--set", f"data.path={_toml(recipe.data.path)}"]
 
     def command(model: Path, out: Path) -> list[str]:
         words = [sys.executable, "-m", "embkit", "mine", str(model), str(store)]

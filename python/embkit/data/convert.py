@@ -164,6 +164,17 @@ def convert(
         yield row
 
 
+def classes(rows: Iterable[Row | None], how: Conversion) -> dict[str, str]:
+    """The class of each text of a labelled set; texts of several classes are left out."""
+    of = Reader(how, Counts())
+    found: dict[str, str] = {}
+    unclear: set[str] = set()
+    for _, (text, label) in of.each(rows, lambda row: (of.text(row, "text"), of.label(row))):
+        if found.setdefault(text, label) != label:
+            unclear.add(text)
+    return {text: label for text, label in found.items() if text not in unclear}
+
+
 # ---------------------------------------------------------------- rules
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from embkit import _rust
-from embkit.data.convert import Counts, convert
+from embkit.data.convert import Counts, classes, convert
 from embkit.data.tables import KINDS, task_name
 from embkit.errors import CorruptError, UsageError, nearest
 from embkit.recipe.tasks import RULES, Conversion, Task
@@ -119,6 +119,12 @@ def kind_of(source: Source) -> str:
     builder.add_lines(_line(row), source.name, source.task, source.kind)
     kind: str = builder.finish()["examples"][0]["kind"]
     return kind
+
+
+def classes_of(source: Source) -> dict[str, str]:
+    """The class of each text of a labelled set that is converted."""
+    assert source.conversion is not None
+    return classes(_rows(source), source.conversion)
 
 
 def _named_apart(sources: list[Source]) -> list[Source]:

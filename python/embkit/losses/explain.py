@@ -184,6 +184,8 @@ class _Teller:
 
     def _drawn(self, about: Known) -> str:
         source = "those mined for it"
+        if about.rule == "classes":
+            source += " in other classes"
         if not about.mined:
             made = _MADE.get(about.rule, ("", ""))[1]
             source = "those that come with it" + (f" ({made})" if made else "")

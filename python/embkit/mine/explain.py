@@ -15,6 +15,7 @@ from embkit.data.leaks import short
 from embkit.data.loader import Store, as_store
 from embkit.data.tables import Array
 from embkit.errors import CorruptError, UsageError, nearest
+from embkit.mine.classes import load_classes
 from embkit.mine.miner import NONE
 from embkit.mine.source import StoreVectors, check_together, stored
 from embkit.mine.work import KIND, Task, load_table
@@ -26,7 +27,7 @@ _RULES = (
     "below_min", "near_duplicate", "rerank", "surplus", "kept", "relaxed",
 )  # fmt: skip
 _WHY = {
-    "positive": "a positive, or the query itself",
+    "positive": "a positive, the query itself, or of its class",
     "cluster": "in the cluster of a positive or of the query",
     "repeat": "in the cluster of a nearer candidate",
     "skipped": "rank below skip = {0:g}",
@@ -105,8 +106,12 @@ def candidates_of(
     # For one query against everything exact is the quickest.
     rules = dataclasses.replace(Rules(**about["rules"]), engine="exact", recall=1.0)
     vectors = _vectors(directory, manifest, about["miners"][miner], embeddings)
+    classes = load_classes(directory, task)
     with TemporaryDirectory(prefix="embkit-") as scratch:
-        mined = Task(opened, opened.examples(task), vectors, rules, Path(scratch) / "corpus")
+        mined = Task(
+            opened, opened.examples(task), vectors, rules, Path(scratch) / "corpus",
+            classes=classes,
+        )  # fmt: skip
         table = _reranked(directory, miner, task, example) if about["reranked"] else None
         block = mined.block(example, example + 1)
         row, score, found = mined.miner.trace(block, table)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -79,6 +79,7 @@ class Block:
         own: U32 [m], its row in the corpus, or NONE; may be empty.
         cluster: U64 [m]; may be empty. text: U64 [m], its row in the texts; may be empty.
         offsets: U64 [m+1]; positive: U32, rows in the corpus; score: F32, of the positives.
+        label: int32 [m], class of each query, -1 where it is not known; empty without classes.
     """
 
     query: Array
@@ -89,6 +90,7 @@ class Block:
     offsets: Array
     positive: Array
     score: Array
+    label: Array = field(default_factory=lambda: np.zeros(0, np.int32))
 
     def take(self, at: Array) -> Block:
         """The queries at ``at``."""
@@ -97,7 +99,7 @@ class Block:
         return replace(self, offsets=offsets, positive=positive, score=score, **some)
 
 
-_PER_QUERY = ("query", "number", "own", "cluster", "text")
+_PER_QUERY = ("query", "number", "own", "cluster", "text", "label")
 
 
 class Miner:
@@ -110,6 +112,8 @@ class Miner:
         memory: bytes for all but mapped files, what was there before and the result; 0 for a
             default. held: those that the caller holds beside the tables of this miner.
         text: the text of a row, for the reranker.
+        classes: int32 [n], class of each passage, -1 where it is not known. One of the query's
+            class is no negative, nor is one of an unknown class.
 
     Raises:
         UsageError: the memory is less than mining takes at the least.
@@ -127,8 +131,9 @@ class Miner:
         threads: int = 0,
         reranker: Reranker | None = None,
         text: Callable[[int], str] | None = None,
+        classes: Array | None = None,
     ) -> None:
-        self.passages, self.queries = passages, queries
+        self.passages, self.queries, self.classes = passages, queries, classes
         self.rules, self.threads = rules, threads
         self.reranker, self.text = reranker, text
         self.filter = _rust.NegativeFilter(passages.cluster, passages.name, passages.shards)
@@ -216,12 +221,24 @@ class Miner:
         return {**rust_rules(self.rules), "defer": depth < self._deepest(), **more}
 
     def _run(self, block: Block, lists: Any, options: Any, rerank: Any) -> Any:
-        row, score, own = lists
+        row, score, own = lists if self.classes is None else self._of_other_classes(block, lists)
         queries = (
             own, block.number, block.own, block.cluster, block.text, block.offsets,
             block.positive, block.score,
         )  # fmt: skip
         return self.filter.run(row, score, queries, options, rerank, threads=self.threads)
+
+    def _of_other_classes(self, block: Block, lists: Any) -> tuple[Array, Array, Array]:
+        """A list for each query, in which passages of its own class stand as its positive does: the
+        filter passes over a positive and gives it no rank."""
+        row, score, own = lists
+        row, score = row[own], score[own]
+        assert self.classes is not None
+        theirs = self.classes[np.minimum(row, self.n - 1)]
+        same = (theirs == block.label[:, None]) | (theirs < 0) | (block.label[:, None] < 0)
+        first = block.positive[block.offsets[:-1].astype(np.int64)]
+        row = np.where(same, first[:, None], row).astype(np.uint32)
+        return row, np.ascontiguousarray(score), np.arange(len(row), dtype=np.uint32)
 
     def _settle(self, block: Block, depth: int, progress: Progress) -> dict[str, Any]:
         """Search and rules at one depth; the reranker sees what the rules leave."""

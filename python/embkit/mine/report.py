@@ -15,7 +15,7 @@ _SAMPLES = 8
 # What each line of the audit counts, in the order of the rules.
 MEANING = {
     "candidates": "neighbours in the queries' lists",
-    "positive": "a positive, or the query itself",
+    "positive": "a positive, the query itself, or of its class",
     "cluster": "in the near-duplicate cluster of a positive or of the query",
     "repeat": "in the cluster of a nearer candidate",
     "skipped": "rank below skip",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ from embkit.data.loader import Store, as_store
 from embkit.data.tables import Array, Examples, offsets_of, owners
 from embkit.errors import CorruptError, UsageError, nearest
 from embkit.mine import report as reports
+from embkit.mine.classes import Classes, digest
 from embkit.mine.memory import PER_SKETCH
 from embkit.mine.miner import (
     NONE,
@@ -50,6 +51,7 @@ def mine(
     embeddings: Path | str | Sequence[Path | str] | None = None,
     reranker: Any = None,
     tasks: Sequence[str] | None = None,
+    classes: Mapping[str, Mapping[str, str]] | None = None,
     memory: int = 0,
     threads: int = 0,
     fresh: bool = False,
@@ -69,6 +71,9 @@ def mine(
             stage knows it by its ``name`` (else its class or function): give it a new one, or
             ``fresh=True``, when its answers change.
         tasks: names of retrieval tasks (all).
+        classes: by task the class of each text, where queries and passages are texts of classes
+            (a labelled set that was turned into pairs): none of a query's own class is its
+            negative, nor one whose class is not known.
         memory: bytes for search and rules beside mapped files, models and the result; 0 for a
             default. No effect on the result.
         threads: 0 for all; no effect on the result.
@@ -89,20 +94,32 @@ def mine(
     paths = _paths(embeddings)
     if not encoders and not paths:
         raise UsageError("There is nothing to mine with.", fix="give a model or embeddings")
+    if classes and rules.refill == "random":
+        raise UsageError(
+            "refill = 'random' draws passages whatever their class, and these tasks have classes: "
+            f"{', '.join(classes)}.",
+            where="mine.refill",
+            fix='set refill = "none" or "relax"',
+        )
     params = {
         "models": [e.digest() for e in encoders],
         "rules": asdict(rules),
         "reranker": identity(reranker),
         "tasks": [t.name for t in chosen],
+        **({"classes": {n: digest(found) for n, found in classes.items()}} if classes else {}),
     }
     with stage(
         out, name="mine", version=VERSION, params=params, inputs=[store.path, *paths], kind=KIND,
         fresh=fresh,
     ) as work:  # fmt: skip
         if not work.done:
-            _Run(store, chosen, rules, as_reranker(reranker), memory, threads, work).all(
-                encoders, paths
-            )
+            run = _Run(store, chosen, rules, as_reranker(reranker), memory, threads, work)
+            run.classes = {
+                table.name: Classes.of(store, np.unique(table.rows()), classes[table.name])
+                for table in chosen
+                if classes and table.name in classes
+            }
+            run.all(encoders, paths)
     return Path(out)
 
 
@@ -144,6 +161,7 @@ class _Run:
         self.store, self.tables, self.rules, self.reranker = store, tables, rules, reranker
         self.memory, self.threads, self.work = memory, threads, work
         self.dir: Path = work.dir
+        self.classes: dict[str, Classes] = {}  # by task
 
     def all(self, encoders: list[Encoder], paths: list[Path]) -> None:
         rows = np.unique(np.concatenate([table.rows() for table in self.tables]))
@@ -188,7 +206,7 @@ class _Run:
         scratch = self.dir / "scratch" / f"corpus-{number}"
         task = Task(
             self.store, table, vectors, self.rules, scratch, self.memory, self.threads,
-            self.reranker,
+            self.reranker, self.classes.get(table.name),
         )  # fmt: skip
         if task.miner.searcher.plan is not None:
             say(f"{table.name}: {task.miner.searcher.plan}")
@@ -225,6 +243,8 @@ class _Run:
             kind=KIND,
             metadata={"task": table.name},
         )
+        if table.name in self.classes:
+            self.classes[table.name].save(self.dir, table.name)
         for number, one in enumerate(found):
             if "rerank_offsets" in one:
                 container.save(
@@ -254,8 +274,10 @@ class Task:
         memory: int = 0,
         threads: int = 0,
         reranker: Reranker | None = None,
+        classes: Classes | None = None,
     ) -> None:
         self.store, self.table, self.vectors = store, table, vectors
+        self.classes = classes
         self.rows = np.unique(np.concatenate([table.positive, table.negative]))
         if len(self.rows) < rules.k:
             raise UsageError(
@@ -283,6 +305,7 @@ class Task:
             passages, queries, rules, room=room_for(table.positive_offsets, self.positive, cluster),
             memory=memory, held=sketches + len(table.positive) * 16, threads=threads,
             reranker=reranker, text=store.text,
+            classes=None if classes is None else classes.at(self.rows),
         )  # fmt: skip
 
     def block(self, first: int, last: int) -> Block:
@@ -303,6 +326,7 @@ class Task:
             offsets=offsets,
             positive=self.positive[span],
             score=vectors.matrix.dot(mine, vectors.matrix, its),
+            **({} if self.classes is None else {"label": self.classes.at(query)}),
         )
 
     def mine(self, first: int, last: int, progress: Any = None) -> dict[str, Any]:

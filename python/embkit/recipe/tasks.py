@@ -104,6 +104,12 @@ class Task:
         one_of("tasks: kind", self.kind, ("auto", *KINDS))
         if self.format is not None:
             one_of("tasks: format", self.format, tuple(FORMATS))
+        require(
+            not (self.convert.unique_id and self.negatives == "mined"),
+            "tasks: unique_id tells an example's texts from all others, and mined negatives are "
+            "others' texts.",
+            'leave negatives = "mined" out, or unique_id',
+        )
         made = RULES.get(self.convert.rule)
         require(
             made is None or self.kind in ("auto", made),

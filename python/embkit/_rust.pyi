@@ -287,6 +287,9 @@ def contamination(
     wrong ``sets``, and texts above 128 MiB or not UTF-8.
     """
 
+def text_ids(shards: Shards, threads: int = 0, progress: _Progress = None) -> _U64:
+    """Identity of each text [n]: 64 bits of a hash of its bytes. Progress counts rows."""
+
 def tokenize(
     out_dir: _Path,
     shards: Shards,
@@ -548,6 +551,19 @@ def micro_batches(lengths: _U32, budget: int, padded: bool = True) -> tuple[_U32
 
     ``order`` [n] are positions by falling length; micro-batch i is ``order[ends[i - 1]:ends[i]]``.
     Padded micro-batches are cut where padding plus a price per batch is least in sum.
+    """
+
+def first_fit(
+    keys: _U64, columns: int, order: _U64, batch_size: int, progress: _Progress = None
+) -> tuple[_U64, _U64]:
+    """Rows in batches in which no value comes twice: ``(rows [n], ends [batches])``.
+
+    Args:
+        keys: values of row i at ``keys[i * columns:][:columns]``, across all columns.
+        order: rows in the order in which each goes to the first batch that has room and none of
+            its values. Batches that could not be filled are among the others.
+
+    Progress counts rows. Raises UsageError for keys that are no table, and rows beyond it.
     """
 
 # ---------------------------------------------------------------- rule filters

@@ -1,6 +1,6 @@
 //! Texts as they lie in `raw-*.safetensors`: bytes and offsets, in shards, rows counted across.
 
-use crate::{Error, Result};
+use crate::{Error, Job, Result, par, text_id};
 
 /// One shard of texts: text `i` is `bytes[offsets[i]..offsets[i + 1]]`.
 #[derive(Clone, Copy, Debug)]
@@ -118,6 +118,16 @@ impl<'a> Texts<'a> {
         std::str::from_utf8(bytes).map_err(|e| {
             Error::usage(format!("text row {row} is not UTF-8 ({e})"), "Pass validated records")
         })
+    }
+
+    /// [`text_id`] of every row, on `threads` threads (0: all).
+    pub fn ids(&self, threads: usize, job: &Job) -> Result<Vec<u64>> {
+        let parts = par::try_map_blocks(self.len(), 4096, threads, |rows| {
+            job.check()?;
+            job.advance(rows.len() as u64);
+            Ok(rows.map(|row| text_id(self.get(row))).collect::<Vec<u64>>())
+        })?;
+        Ok(parts.concat())
     }
 
     /// Bytes of all rows in order.

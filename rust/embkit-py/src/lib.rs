@@ -50,11 +50,13 @@ fn _rust(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_function(wrap_pyfunction!(filters::text_statistics, m)?)?;
     m.add_function(wrap_pyfunction!(filters::filter_names, m)?)?;
     m.add_function(wrap_pyfunction!(texts::tokenize, m)?)?;
+    m.add_function(wrap_pyfunction!(texts::text_ids, m)?)?;
     m.add_class::<store::Store>()?;
     m.add_class::<loader::Plan>()?;
     m.add_class::<loader::Loader>()?;
     m.add_class::<loader::Batch>()?;
     m.add_function(wrap_pyfunction!(loader::micro_batches, m)?)?;
+    m.add_function(wrap_pyfunction!(loader::first_fit, m)?)?;
     m.add_function(wrap_pyfunction!(compose::merge_rows, m)?)?;
     m.add_function(wrap_pyfunction!(compose::compose_store, m)?)?;
     m.add_function(wrap_pyfunction!(search::topk, m)?)?;

@@ -1,7 +1,7 @@
 //! `Loader` and `Batch`: the plan of a run and its batches, filled into the caller's buffer.
 
 use crate::arrays::{array, slice};
-use crate::door::short;
+use crate::door::{long, short};
 use crate::error::usage;
 use crate::store::Store;
 use embkit_core::Error;
@@ -255,6 +255,24 @@ pub(crate) fn micro_batches<'py>(
     let cut = if padded { cuts::padded } else { cuts::packed };
     let ends = cut(&falling, budget).into_iter().map(|range| range.end as u64).collect();
     Ok((array(py, order), array(py, ends)))
+}
+
+type Dealt<'py> = (Bound<'py, PyArray1<u64>>, Bound<'py, PyArray1<u64>>);
+
+/// Rows in batches in which no value comes twice: the rows, and where each batch ends in them.
+#[pyfunction]
+#[pyo3(signature = (keys, columns, order, batch_size, progress=None))]
+pub(crate) fn first_fit<'py>(
+    py: Python<'py>,
+    keys: PyReadonlyArray1<'py, u64>,
+    columns: usize,
+    order: PyReadonlyArray1<'py, u64>,
+    batch_size: usize,
+    progress: Option<&Bound<'py, PyAny>>,
+) -> PyResult<Dealt<'py>> {
+    let (keys, order) = (slice(py, &keys, "keys")?, slice(py, &order, "order")?);
+    let made = long(py, progress, |job| batch::first_fit(job, keys, columns, order, batch_size))?;
+    Ok((array(py, made.rows), array(py, made.ends)))
 }
 
 /// One step's input on one rank.

@@ -1,15 +1,29 @@
 //! Tokenisation.
 
-use crate::arrays::{PyShards, info, slice};
+use crate::arrays::{PyShards, array, info, slice};
 use crate::door::{long, short};
 use embkit_store::tokenize::{Backend, Inputs, SHARD_BYTES, Settings};
-use numpy::PyReadonlyArray1;
+use numpy::{PyArray1, PyReadonlyArray1};
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 use std::path::PathBuf;
 
 // Written out in the signature below, where Python can show it.
 const _: () = assert!(SHARD_BYTES == 67108864);
+
+/// The identity of every text, u64 [n].
+#[pyfunction]
+#[pyo3(signature = (shards, threads=0, progress=None))]
+pub(crate) fn text_ids<'py>(
+    py: Python<'py>,
+    shards: PyShards<'py>,
+    threads: usize,
+    progress: Option<&Bound<'py, PyAny>>,
+) -> PyResult<Bound<'py, PyArray1<u64>>> {
+    let texts = crate::arrays::shards(py, &shards)?;
+    let ids = long(py, progress, |job| embkit_core::Texts::new(&texts)?.ids(threads, job))?;
+    Ok(array(py, ids))
+}
 
 /// Encode rows into token shards in `out_dir`; adopts verified shards that are there.
 #[pyfunction]

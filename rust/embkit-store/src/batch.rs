@@ -8,6 +8,7 @@
 pub mod cuts;
 mod distinct;
 mod fill;
+mod first_fit;
 mod rows;
 mod table;
 
@@ -23,6 +24,7 @@ use crate::records::Kind;
 use distinct::Keys;
 pub use distinct::{SUPERBLOCK, arrange};
 pub use fill::{Field, FieldType, Form};
+pub use first_fit::first_fit;
 use rows::{Arranged, select};
 use table::Table;
 pub use table::{EXAMPLES_FORMAT, NEGATIVES_FORMAT, TaskFiles};

@@ -41,19 +41,20 @@ pub(crate) type Keys<V> = HashMap<u64, V, BuildHasherDefault<Multiply>>;
 /// examples' positions, batch by batch, and how many could not be kept from sharing a key.
 pub fn arrange(keys: &[[u64; 2]], batch_size: usize, batches: usize) -> (Vec<u32>, u64) {
     let batches = batches.clamp(1, SUPERBLOCK as usize);
-    let (keys, count) = number(keys);
+    let (keys, count) = number(keys.as_flattened());
+    let (keys, _) = keys.as_chunks::<2>();
     let mut seen = vec![0; count as usize + 1];
     let mut room = u64::MAX >> (SUPERBLOCK as usize - batches);
     let all = room;
     let mut filled: Vec<Vec<u32>> = vec![Vec::with_capacity(batch_size); batches];
     let mut shared = 0;
-    for (position, pair) in (0..).zip(&keys) {
+    for (position, pair) in (0..).zip(keys) {
         let taken = in_batches(&seen, pair);
         let free = room & !taken;
         let mut batch = free.trailing_zeros() as usize;
         if free == 0 {
             let open = room.trailing_zeros() as usize;
-            batch = match exchange(&mut filled, &mut seen, &keys, all & !taken, open) {
+            batch = match exchange(&mut filled, &mut seen, keys, all & !taken, open) {
                 Some(batch) => batch,
                 None => {
                     shared += 1;
@@ -74,18 +75,18 @@ pub fn arrange(keys: &[[u64; 2]], batch_size: usize, batches: usize) -> (Vec<u32
     (filled.concat(), shared)
 }
 
-/// Numbers the keys that more than one example may have, from 1; the others are 0. Also how many.
+/// Numbers the keys that may be there more than once, from 1; the others are 0. Also how many.
 ///
 /// Most keys are alone, and two small bitmaps that stay in the cache tell so: only keys whose bit
 /// another one has set before go into the map.
-fn number(keys: &[[u64; 2]]) -> (Vec<[u32; 2]>, u32) {
-    let bits = (16 * keys.len()).next_power_of_two().max(64);
+pub(crate) fn number(keys: &[u64]) -> (Vec<u32>, u32) {
+    let bits = (8 * keys.len()).next_power_of_two().max(64);
     let (mut once, mut again) = (vec![0_u64; bits / 64], vec![0_u64; bits / 64]);
     let place = |key: u64| {
         let bit = (key.wrapping_mul(GOLDEN) >> 32) as usize & (bits - 1);
         (bit / 64, 1_u64 << (bit % 64))
     };
-    for key in keys.as_flattened() {
+    for key in keys {
         let (word, bit) = place(*key);
         if let (Some(once), Some(again)) = (once.get_mut(word), again.get_mut(word)) {
             *again |= *once & bit;
@@ -95,17 +96,17 @@ fn number(keys: &[[u64; 2]]) -> (Vec<[u32; 2]>, u32) {
     let mut numbers: Keys<u32> = Keys::default();
     numbers.reserve(again.iter().map(|word| word.count_ones() as usize).sum());
     let mut count = 0;
-    let mut of = |key: u64| {
-        let (word, bit) = place(key);
+    let of = |key: &u64| {
+        let (word, bit) = place(*key);
         if again.get(word).is_none_or(|again| again & bit == 0) {
             return 0;
         }
-        *numbers.entry(key).or_insert_with(|| {
+        *numbers.entry(*key).or_insert_with(|| {
             count += 1;
             count
         })
     };
-    let numbered = keys.iter().map(|pair| pair.map(&mut of)).collect();
+    let numbered = keys.iter().map(of).collect();
     (numbered, count)
 }
 

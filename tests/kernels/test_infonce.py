@@ -91,6 +91,18 @@ def test_a_relative_margin_is_a_share_of_the_positive() -> None:
             infonce(q.float(), p.float(), margin=-0.05, margin_relative=True)
 
 
+def test_a_copy_of_the_positive_is_not_nearer_to_a_guide() -> None:
+    """Its cosine is the same but for rounding, which differs between a product and a sum."""
+    generator = torch.Generator().manual_seed(0)
+    x, guide_query = (torch.randn(40, width, generator=generator) for width in (16, 300))
+    guide_passage = guide_query + torch.randn(40, 300, generator=generator)
+    loss, _ = infonce(  # a temperature at which the own copy alone counts
+        x, x, hard=x, in_batch=False, temperature=1e-3, guide_query=guide_query,
+        guide_passage=guide_passage, guide_hard=guide_passage, reduction="none",
+    )  # fmt: skip
+    torch.testing.assert_close(loss, torch.full((40,), math.log(2)), atol=1e-3, rtol=0)
+
+
 def test_a_guide_decides_by_its_own_cosines() -> None:
     """The candidate that the guide finds nearer than the positive goes, the other one stays."""
     q = torch.tensor([[1.0, 0.0]], dtype=torch.float64)

@@ -76,7 +76,8 @@ def infonce_naive(
             if a is None or b is None or guide_query is None or guide_passage is None:
                 return None
             t = (_unit(guide_passage[own]) @ _unit(guide_query[i])).min()
-            return _unit(b) @ _unit(a) > t + guide_margin * (t.abs() if guide_relative else 1)
+            limit = t + guide_margin * (t.abs() if guide_relative else 1)
+            return _unit(b) @ _unit(a) > limit + 1e-6  # a copy of the positive is not above it
 
         def add(
             scores: Tensor, drop: Tensor, alpha: float = 0.0, guided: Tensor | None = None

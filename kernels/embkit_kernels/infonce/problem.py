@@ -79,7 +79,9 @@ class Guide:
             score = (self.query * theirs).sum(-1)
             least = torch.minimum(least, torch.where(real[:, m], score, torch.inf))
         unit = least.abs() if problem.guide_relative else torch.ones_like(least)
-        self.limit = least + problem.guide_margin * unit
+        # A copy of the positive has its cosine up to the rounding of sums in another order: it is
+        # not above it, so the limit leaves room for that.
+        self.limit = least + problem.guide_margin * unit + 8 * torch.finfo(least.dtype).eps
 
     def nearer(self, rows: slice, own: Tensor, theirs: Tensor) -> Tensor:
         """True where a guide's cosine is above the row's limit; theirs [N, W] or own [B, H, W]."""

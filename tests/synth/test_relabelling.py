@@ -77,6 +77,12 @@ def test_fusion_is_that_of_the_paper() -> None:
         1 / 61 + 1 / 64, 1 / 62 + 1 / 61, 1 / 63 + 1 / 62, 1 / 64 + 1 / 63]  # fmt: skip
 
 
+def test_fusion_of_given_ranks() -> None:
+    """Ranks 1 2 3 4 and 3 1 2 4."""
+    found = fuse(np.array([4.0, 3.0, 2.0, 1.0]), np.array([2.0, 4.0, 3.0, 1.0]))
+    assert found.tolist() == pytest.approx([1.333333, 1.5, 0.833333, 0.5], abs=1e-6)
+
+
 def test_the_best_becomes_the_positive_and_the_last_the_negative(
     records: Any, encoder: Any, tmp_path: Path
 ) -> None:

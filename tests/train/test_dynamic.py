@@ -30,6 +30,11 @@ SETTINGS: dict[str, Any] = {
 @pytest.mark.parametrize(
     ("rule", "first", "now", "want"),
     [
+        ("conan-v1", 0.60, 0.50, True),  # golden values, and those of v2
+        ("conan-v1", 0.60, 0.55, False),
+        ("conan-v1", 0.95, 0.81, False),
+        ("conan-v2", 0.80, 0.60, True),
+        ("conan-v2", 0.90, 0.72, False),
         ("conan-v1", 0.60, 0.60, False),  # the first visit
         ("conan-v1", 0.60, 0.53, False),  # 0.6095
         ("conan-v1", 0.60, 0.52, True),  # 0.598

@@ -9,6 +9,7 @@ import pytest
 import torch
 from loss_forms import N2, Batch, N, P, Q, drawn, formula, gradient_of, unit
 
+from embkit import kernels
 from embkit.errors import UsageError
 from embkit.losses import compute, value_and_grad
 from embkit.losses.tasks import dim_weights
@@ -41,6 +42,17 @@ GOLDEN: dict[str, tuple[float, Batch, dict[str, Any], tuple[int, ...]]] = {
         0.342723 + 0.5 * 0.561448, ONE, {"spread_out": 0.5}, (4,),
     ),
 }  # fmt: skip
+
+
+def test_golden_cosines() -> None:
+    """Of the queries and passages that the golden values are of."""
+    want = [
+        [0.833333, 0.5, 0.666667],
+        [0.369274, 0.86164, 0.492366],
+        [0.666667, 0.666667, 0.833333],
+    ]
+    found = kernels.mrl_similarity(Q.float(), P.float(), (4,))
+    torch.testing.assert_close(found[0], torch.tensor(want), atol=2e-6, rtol=0)
 
 
 @pytest.mark.parametrize("name", GOLDEN)

@@ -17,6 +17,8 @@ from embkit.evaluate.kinds import KINDS, load_all
 from embkit.evaluate.run import score_set
 from embkit.evaluate.table import table
 from embkit.evaluate.vectors import TextVectors, quantised
+from embkit.evaluate.words import _names as names_of
+from embkit.evaluate.words import evaluate as run_words
 
 mteb = pytest.importorskip("mteb")
 
@@ -158,6 +160,30 @@ def test_a_task_of_mteb_by_its_name(
     assert got["tasks"]["STSBenchmark"]["type"] == "sts"
 
 
+def test_words_of_the_command_line(encoder: Any, folder: Path, tmp_path: Path) -> None:
+    only = tmp_path / "test"
+    only.mkdir()
+    (only / "sts").symlink_to(folder / "sts")
+    for name in ("a", "b"):
+        encoder.export(tmp_path / name / "model")
+    words = {"dims": "20,5", "precision": "float, int8", "leaks": None, "held_out": []}
+    shown = run_words(
+        tmp_path / "a" / "model", None, tasks=str(only), against=tmp_path / "b" / "model",
+        cache=tmp_path / "cache", out=tmp_path / "out", fresh=False, **words,
+    )  # fmt: skip
+    first, row, *_ = shown.splitlines()
+    assert first.split()[:5] == ["task", "measure", "20", "20", "int8"]
+    assert row.split()[:2] == ["sts-small", "cosine_spearman"]
+    assert shown.splitlines()[-1].split() == ["mean", "over", "tasks", "+0.00", "[+0.00,", "+0.00]"]
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert result["model"] == "a/model" and result["against"]["model"] == "b/model"
+    # The two are the same model, by its digest: one encode serves both.
+    rows = [json.loads(line) for line in (folder / "sts" / "small.jsonl").read_text().splitlines()]
+    texts = {row[c] for row in rows for c in ("sentence1", "sentence2")}
+    assert result["encoded"] == dict.fromkeys(("a/model", "b/model"), len(texts))
+    assert names_of("A, MTEB(eng, v2),some/folder") == ["A", "MTEB(eng, v2)", "some/folder"]
+
+
 def test_names_that_are_none(encoder: Any, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no folder and no task or benchmark") as error:
         evaluate_tasks(encoder, ["STSBenchmrk"])
@@ -166,14 +192,16 @@ def test_names_that_are_none(encoder: Any, tmp_path: Path) -> None:
         evaluate_tasks(encoder, ["STSBenchmark"], precisions=["int4"])
     with pytest.raises(UsageError, match="No task"):
         evaluate_tasks(encoder, [])
+    with pytest.raises(UsageError, match="add 20 to dims and float"):
+        evaluate_tasks(encoder, ["STSBenchmark"], dims=[12], against=encoder)
 
 
-def test_two_models_in_pairs(encoder: Any, folder: Path, made: Any, tmp_path: Path) -> None:
+def test_two_models_in_pairs(encoder: Any, folder: Path, tmp_path: Path) -> None:
     import torch
 
     only = tmp_path / "some"
     only.mkdir()
-    for kind in ("sts", "classification"):
+    for kind in ("sts", "pairclass"):
         (only / kind).symlink_to(folder / kind)
     other = copy.deepcopy(encoder)
     with torch.no_grad():

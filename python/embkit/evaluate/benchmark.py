@@ -104,12 +104,16 @@ def evaluate_tasks(
     models = [model]
     if against is not None:
         other = TextVectors(against, cache)
+        other = model.vectors if other.model == model.vectors.model else other
         models.append(_Model(name=against_name, vectors=other, widths=[against.width]))
-        if model.full != encoder.width:
+        if model.full != encoder.width or "float" not in precisions:
             raise UsageError(
-                f"Two models are compared at full width, and {encoder.width} is not in dims.",
-                fix=f"add {encoder.width}",
+                "Two models are compared at full width in float.",
+                where="dims, precisions",
+                fix=f"add {encoder.width} to dims and float to precisions",
             )
+        if name == against_name:
+            raise UsageError(f"Both models are called {name}.", fix="give two names")
     bootstrap = {"resamples": resamples, "level": level, "seed": seed}
     if out is None:
         return _score(models, chosen, precisions, leaked, None, bootstrap)
@@ -303,11 +307,9 @@ def _differences(
     total: list[Replicates] = []
     for name in results[0]:
         one, two = (
-            results[i][name]["scores"][str(width)].get(precision)
+            results[i][name]["scores"][str(width)][precision]
             for i, (width, precision) in enumerate(places)
         )
-        if one is None or two is None:
-            raise UsageError("Two models are compared in float.", fix="add float to precisions")
         cell = {"score": two["score"], "difference": one["score"] - two["score"]}
         drawn = [m.drawn.get(at, {}).get(name) for m, at in zip(models, places, strict=True)]
         if drawn[0] is not None and drawn[1] is not None:

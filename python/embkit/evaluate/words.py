@@ -59,7 +59,9 @@ def evaluate(
 
     more: dict[str, Any] = {}
     if against is not None:
-        more = {"against": Encoder.from_pretrained(against), "against_name": _name(against)}
+        other = _name(against)
+        other += "-2" * (other == _name(model))
+        more = {"against": Encoder.from_pretrained(against), "against_name": other}
     found = evaluate_tasks(
         Encoder.from_pretrained(model),
         _names(tasks or ""),

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from embkit import recipe as recipes
 from embkit.errors import CorruptError, UsageError, nearest
+from embkit.pipeline_llm import STAGES as LLM_STAGES
+from embkit.pipeline_llm import Asking, asking, costs, written_tasks
 from embkit.recipe import Recipe, Task, Train
 
 if TYPE_CHECKING:
@@ -40,15 +42,21 @@ STAGES = (
     "export",
 )
 # With what a recipe may switch on.
-_EVERY = (*STAGES[:2], "filter", *STAGES[2:5], "mix", *STAGES[5:])
+_EVERY = (
+    *("synth", "read", "dedup", "filter", "judge", "tokenize", "prefinetune", "mine", "relabel"),
+    *("mix", "finetune", "soup", "evaluate", "export"),
+)
 # What each stage publishes in the run directory; scores/ also serves the soup's choice on dev.
 _OUTPUTS = {
+    "synth": ("synth-*",),
     "read": ("records",),
     "dedup": ("clean",),
     "filter": ("filtered",),
+    "judge": ("judged",),
     "tokenize": ("store",),
     "prefinetune": ("init", "pre"),
     "mine": ("mined",),
+    "relabel": ("relabelled", "store-relabelled", "mined-relabelled"),
     "mix": ("mix",),
     "finetune": ("ft-*",),
     "soup": ("soup", "uniform", "slerp", "search", "mixed"),
@@ -91,7 +99,11 @@ def run(
     data = data_folder(chosen)
 
     def begin() -> None:
-        _clear(out, STAGES[0] if fresh else from_stage)
+        again = _EVERY[0] if fresh else from_stage
+        first = _place(again)
+        if ask := asking(chosen):  # before anything goes: it may be paid for
+            Asking(chosen, out).check(anew=first is not None and first <= _EVERY.index(ask[0]))
+        _clear(out, again)
         out.mkdir(parents=True, exist_ok=True)
         recipes.save(chosen, out / "recipe.toml")
 
@@ -110,6 +122,8 @@ def run(
 class _Run:
     """One run: keeps what later stages need from earlier ones."""
 
+    records: Records  # of which the store is made
+
     def __init__(
         self,
         recipe: Recipe,
@@ -122,10 +136,14 @@ class _Run:
         self.on_stage = on_stage
         self.seconds = _read_json(out / "seconds.json")
         self.current: tuple[str, float] | None = None
+        self.asking = Asking(recipe, out) if asking(recipe) else None
 
     def all(self) -> dict[str, Any]:
         out, recipe = self.out, self.recipe
         store = self._by_first(self._prepare)
+        wanted = mined_tasks(recipe, store)
+        relabelled = relabelled_tasks(recipe, store, wanted)
+        wanted = [name for name in wanted if name not in relabelled]
 
         self._stage("prefinetune", "in-batch negatives")
         from embkit.train import finetune, prefinetune
@@ -136,7 +154,6 @@ class _Run:
         self._stage("mine", "hard negatives, with the model of the stage before")
         from embkit.mine import mine
 
-        wanted = mined_tasks(recipe, store)
         mined = None
         if wanted:
             mined = self._by_first(
@@ -149,6 +166,12 @@ class _Run:
                     classes=mined_classes(recipe, wanted),
                 )
             )
+        if self.asking and relabelled:
+            self._stage("relabel", "positives and hard negatives, by a language model")
+            ask, options = self.asking, tokenizer_options(recipe, kinds_of(self.records))
+            store, mined = self._by_first(
+                lambda: ask.relabel(pre, self.records, store, mined, relabelled, options)
+            )
 
         runs = self._runs(pre, store, mined)
         self._stage("finetune", f"{len(runs)} runs on single-task batches")
@@ -159,7 +182,7 @@ class _Run:
                 pre,
                 store,
                 negatives=mined,
-                refresh=miner(recipe, store.path),
+                refresh=miner(recipe, store.path, given=relabelled),
                 out=out / f"ft-{i}",
                 config=config,
             )
@@ -239,8 +262,13 @@ class _Run:
         from embkit import data
 
         recipe, out = self.recipe, self.out
+        sources: list[Any] = []
+        if self.asking and recipe.synth.on:
+            self._stage("synth", "queries and labelled texts, by a language model")
+            sources = self.asking.write()
+
         self._stage("read", f"records of {self.data}")
-        files = training_files(self.data)
+        files = [*training_files(self.data, needed=not sources), *sources]
         records = data.read(files, **read_options(recipe)).save(out / "records")
 
         self._stage("dedup", "near-duplicates, and rows that leak into dev or test")
@@ -251,7 +279,12 @@ class _Run:
             self._stage("filter", "texts that break rules, pairs that do not belong together")
             clean = data.filter(clean, out=out / "filtered", **filter_options(recipe))
 
+        if self.asking and recipe.judge.on:
+            self._stage("judge", "pairs that do not hold, by a language model")
+            clean = self.asking.judge(clean)
+
         self._stage("tokenize", "texts to token shards")
+        self.records = clean
         options = tokenizer_options(recipe, kinds_of(clean))
         return data.tokenize(clean, out=out / "store", **options)
 
@@ -296,6 +329,7 @@ class _Run:
                 if self.recipe.filter.enabled
                 else {}
             ),
+            **(self.asking.reports() if self.asking else {}),
         }
 
     def _soups(self) -> dict[str, str]:
@@ -364,6 +398,7 @@ class _Run:
 def stages_of(recipe: Recipe) -> tuple[str, ...]:
     """The stages that a recipe runs, in order."""
     off = {"filter": not recipe.filter.enabled, "mix": not recipe.mix.on}
+    off |= {name: not getattr(recipe, name).on for name in LLM_STAGES}
     return tuple(name for name in _EVERY if not off.get(name, False))
 
 
@@ -387,12 +422,16 @@ def data_folder(recipe: Recipe) -> Path:
     return folder
 
 
-def training_files(folder: Path) -> list[str]:
-    """The record files of a data folder's train/, by name."""
+def training_files(folder: Path, *, needed: bool = True) -> list[str]:
+    """The record files of a data folder's train/, by name.
+
+    Raises:
+        UsageError: there is none, and one is needed.
+    """
     files = sorted(
         str(p) for p in (folder / "train").iterdir() if p.is_file() and not p.name.startswith(".")
     )
-    if not files:
+    if not files and needed:
         raise UsageError(
             "There is no training file.",
             where=folder / "train",
@@ -431,7 +470,9 @@ def mined_classes(recipe: Recipe, tasks: Sequence[str]) -> dict[str, dict[str, s
         return {}
     files = training_files(data_folder(recipe))
     found: dict[str, dict[str, str]] = {name: {} for name in labelled}
-    for source in of_tasks(find(files, task=None, kind="auto"), recipe.tasks):
+    made = written_tasks(recipe)
+    own = {name: task for name, task in recipe.tasks.items() if name not in made}
+    for source in of_tasks(find(files, task=None, kind="auto"), own):
         if source.task in found:
             found[source.task] |= classes_of(source)
     return found
@@ -440,6 +481,32 @@ def mined_classes(recipe: Recipe, tasks: Sequence[str]) -> dict[str, dict[str, s
 def _labelled(recipe: Recipe, tasks: Sequence[str]) -> list[str]:
     rules = {name: recipe.tasks.get(name, Task()).convert.rule for name in tasks}
     return [name for name, rule in rules.items() if rule == "classes"]
+
+
+def relabelled_tasks(recipe: Recipe, store: Store, mined: Sequence[str]) -> list[str]:
+    """The tasks that the relabel stage gives new positives and negatives.
+
+    Args:
+        mined: tasks whose hard negatives are mined otherwise; the default, without labelled sets.
+
+    Raises:
+        UsageError: there is none, or one that the recipe names is no retrieval task.
+    """
+    if not recipe.relabel.on:
+        return []
+    pairs = [name for name in mined if not recipe.tasks.get(name, Task()).convert.on]
+    found = list(recipe.relabel.tasks or pairs)
+    known = [name for name in store.task_names if store.task(name)["kind"] == "retrieval"]
+    for name in found:
+        if name not in known:
+            raise UsageError(
+                f"relabel.tasks names {name!r}, no retrieval task; {nearest(name, known)}"
+            )
+    if not found:
+        raise UsageError(
+            "There is no retrieval task to relabel.", fix="name one in relabel.tasks, or leave it"
+        )
+    return found
 
 
 def dedup_options(recipe: Recipe) -> dict[str, Any]:
@@ -481,8 +548,12 @@ def tokenizer_options(recipe: Recipe, kinds: Mapping[str, str]) -> dict[str, Any
     }
 
 
-def miner(recipe: Recipe, store: Path) -> Miner:
-    """How a refresh mines during fine-tuning: `embkit mine` with the recipe's rules."""
+def miner(recipe: Recipe, store: Path, *, given: Sequence[str] = ()) -> Miner:
+    """How a refresh mines during fine-tuning: `embkit mine` with the recipe's rules.
+
+    Args:
+        given: tasks whose negatives a language model has chosen.
+    """
     from embkit.train import Miner
 
     options = dict(recipes.to_table(recipe)["mine"])
@@ -490,10 +561,14 @@ def miner(recipe: Recipe, store: Path) -> Miner:
         word for key, value in options.items() for word in ("--set", f"mine.{key}={_toml(value)}")
     ]
 
-    given = {name: {"negatives": "given"} for name, task in recipe.tasks.items() if not task.mined}
+    own = dict.fromkeys([*(n for n, t in recipe.tasks.items() if not t.mined), *given])
     plain = recipes.to_table(recipe)["tasks"]
-    labelled = _labelled(recipe, [name for name, task in recipe.tasks.items() if task.mined])
-    told = {**given, **{name: plain[name] for name in labelled}}
+    mined = [name for name in recipe.tasks if name not in own]
+    labelled = _labelled(recipe, mined)
+    told = {
+        **{name: {"negatives": "given"} for name in own},
+        **{name: plain[name] for name in labelled},
+    }
     if told:
         settings += ["--set", f"tasks={_toml(told)}"]
     if labelled and recipe.data.path is not None:  # where their classes are
@@ -503,7 +578,7 @@ def miner(recipe: Recipe, store: Path) -> Miner:
         words = [sys.executable, "-m", "embkit", "mine", str(model), str(store)]
         return [*words, "--out", str(out), "--recipe", "quickstart", *settings]
 
-    return Miner(command=command, params={**options, **({"given": sorted(given)} if given else {})})
+    return Miner(command=command, params={**options, **({"given": sorted(own)} if own else {})})
 
 
 def start_encoder(recipe: Recipe, store: Store, *, model: str | None = None) -> Encoder:
@@ -554,6 +629,8 @@ def describe(recipe: Recipe, *, out: Path) -> str:
                 f"{name}: {times} x {config.steps} steps of {config.batch_size} rows, at most "
                 f"{times * flops / rate:.0f} s of arithmetic here, {states / 2**30:.1f} GiB"
             )
+    if asking(recipe):
+        lines += costs(recipe, training_files(data, needed=not recipe.synth.on), out)
     for name in stages_of(recipe):
         there = any(any(out.glob(pattern)) for pattern in _OUTPUTS[name])
         lines.append(
@@ -617,12 +694,15 @@ def known_tasks(recipe: Recipe) -> tuple[dict[str, Known], bool]:
         return Known(kind=kind, rule=task.convert.rule, mined=task.mined)
 
     try:
-        files = training_files(data_folder(recipe))
+        files = training_files(data_folder(recipe), needed=not recipe.synth.on)
     except (UsageError, OSError):
         named = {n: recipes.RULES.get(t.convert.rule, t.kind) for n, t in recipe.tasks.items()}
         return {n: about(n, kind) for n, kind in named.items() if kind != "auto"}, False
-    sources = of_tasks(find(files, task=None, kind="auto"), recipe.tasks)
-    return {s.task: about(s.task, kind_of(s)) for s in sources}, True
+    made = written_tasks(recipe)
+    own = {name: task for name, task in recipe.tasks.items() if name not in made}
+    sources = of_tasks(find(files, task=None, kind="auto"), own) if files else []
+    found = {s.task: about(s.task, kind_of(s)) for s in sources}
+    return found | {name: about(name, kind) for name, kind in made.items()}, True
 
 
 def _origin(keys: tuple[str, ...], overrides: Mapping[str, Any], file: Mapping[str, Any]) -> str:
@@ -647,13 +727,16 @@ def _measured_flops() -> float:
     return 5 * 2 * 1024**3 / (time.perf_counter() - started)
 
 
+def _place(stage: str | None) -> int | None:
+    """Where a stage stands among all."""
+    if stage is not None and stage not in _EVERY:
+        raise UsageError(f"There is no stage {stage!r}; {nearest(stage, _EVERY)}")
+    return None if stage is None else _EVERY.index(stage)
+
+
 def _clear(out: Path, from_stage: str | None) -> None:
     """Remove the outputs of a stage and of all after it."""
-    if from_stage is None:
-        return
-    if from_stage not in _EVERY:
-        raise UsageError(f"There is no stage {from_stage!r}; {nearest(from_stage, _EVERY)}")
-    for name in reversed(_EVERY[_EVERY.index(from_stage) :]):
+    for name in reversed(() if from_stage is None else _EVERY[_place(from_stage) :]):
         for pattern in _OUTPUTS[name]:
             for path in [*out.glob(pattern), *out.glob(f".partial-{pattern}-*")]:
                 if path.is_dir() and not path.is_symlink():

@@ -61,7 +61,9 @@ def find(inputs: Any, *, task: str | None, kind: str) -> list[Source]:
     many = isinstance(inputs, (list, tuple))
     sources: list[Source] = []
     for item in inputs if many else [inputs]:
-        if isinstance(item, (str, Path)):
+        if isinstance(item, Source):
+            sources.append(item)
+        elif isinstance(item, (str, Path)):
             for path in _expand(item):
                 sources += list(_at(path, task, kind))
         else:

@@ -15,7 +15,7 @@ from embkit.recipe.files import (
     save,
     to_table,
 )
-from embkit.recipe.llm import Llm
+from embkit.recipe.llm import JudgeStage, LabelledTask, Llm, RelabelStage, Synth
 from embkit.recipe.loss import Loss
 from embkit.recipe.mine import Dynamic, Rules
 from embkit.recipe.mix import Mix
@@ -26,7 +26,11 @@ from embkit.recipe.train import Part, Train, Watch
 from embkit.recipe.whole import Evaluate, Recipe, Soup
 
 __all__ = [
+    "Synth",
+    "RelabelStage",
     "Llm",
+    "LabelledTask",
+    "JudgeStage",
     "FORMATS",
     "RULES",
     "Conversion",

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from embkit.recipe.data import Data, Dedup, Filter, Tokenizer
+from embkit.recipe.llm import JudgeStage, Llm, RelabelStage, Synth
 from embkit.recipe.mine import Rules
 from embkit.recipe.mix import Mix
 from embkit.recipe.model import Model
@@ -71,6 +72,7 @@ class Recipe:
 
     Attributes:
         name: for titles and the model card.
+        llm, synth, judge, relabel: what a language model does; nothing by default.
         tasks: what is said of single tasks, by the names of their files in train/.
         finetune: the common settings of the fine-tuning runs.
         mix: search of the mixture; its best then are the runs.
@@ -79,13 +81,17 @@ class Recipe:
 
     name: str = "quickstart"
     data: Data = field(default_factory=Data)
+    llm: Llm = field(default_factory=Llm)
+    synth: Synth = field(default_factory=Synth)
     tasks: Mapping[str, Task] = field(default_factory=dict)
     dedup: Dedup = field(default_factory=Dedup)
     filter: Filter = field(default_factory=Filter)
+    judge: JudgeStage = field(default_factory=JudgeStage)
     tokenizer: Tokenizer = field(default_factory=Tokenizer)
     model: Model = field(default_factory=Model)
     prefinetune: Train = field(default_factory=Train)
     mine: Rules = field(default_factory=Rules)
+    relabel: RelabelStage = field(default_factory=RelabelStage)
     mix: Mix = field(default_factory=Mix)
     finetune: Train = field(default_factory=Train)
     runs: tuple[Mapping[str, Any], ...] = ({"seed": 0},)
@@ -102,6 +108,12 @@ class Recipe:
             f"tasks.{''.join(marked[:1])} has unique ids, and dedup.action = {self.dedup.action!r} "
             "takes texts that differ in nothing else for one.",
             'set dedup.action = "mark", or losses.TASK.in_batch = false in the place of ids',
+        )
+        asking = [n for n in ("synth", "judge", "relabel") if getattr(self, n).on]
+        require(
+            not asking or self.llm.model is not None,
+            f"The recipe has {' and '.join(asking)}, and no language model.",
+            "set llm.model to the address of a server or to a model directory",
         )
         require(
             not self.mix.on or not self.finetune.parts,

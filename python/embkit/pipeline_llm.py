@@ -157,9 +157,9 @@ class Asking:
             records, model=embedder, llm=self.llm, out=self.out / "relabelled", how=how
         )
         self.llm.release()
-        new = data.tokenize(
-            chosen, out=self.out / "store-relabelled", **{**options, "tokenizer": store.tokenizer}
-        )
+        # The store's tokenizer has the end token already.
+        same = {**options, "tokenizer": store.tokenizer, "end_token": ""}
+        new = data.tokenize(chosen, out=self.out / "store-relabelled", **same)
         if mined is None:
             return new, None
         return new, carry(mined, store, new, out=self.out / "mined-relabelled")

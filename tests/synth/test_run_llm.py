@@ -119,7 +119,8 @@ def settings(base: Path, url: str, *more: str) -> Any:
     return recipe.load(
         "quickstart",
         overrides=[
-            *TINY, *words, f"synth.labelled={{moods = {{{labelled}}}}}", "synth.shard=6",
+            *TINY, *words, "tokenizer.end_token=[SEP]",
+            f"synth.labelled={{moods = {{{labelled}}}}}", "synth.shard=6",
             "relabel.on=true", "relabel.candidates=3", "relabel.shard=5", "judge.on=true",
             "judge.min_positive=0.0", "judge.shard=8", "llm.concurrency=2", "llm.timeout=9.0",
             "llm.retries=1", "prefinetune.tasks={retrieval = 0.5, synthetic = 0.5}",

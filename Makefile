@@ -17,7 +17,7 @@ IN_VENV := PATH="$(abspath $(BIN)):$$PATH" VIRTUAL_ENV="$(abspath $(VENV))"
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 RUST := $(shell find rust -name '*.rs' -o -name Cargo.toml 2>/dev/null) Cargo.toml Cargo.lock
 
-.PHONY: help build demo test test-all lint lint-rust lint-python bench rivals aot aot-next gpu wheel clean
+.PHONY: help build demo test test-all matrix lint lint-rust lint-python bench rivals aot aot-next gpu wheel clean
 
 help: ## Show this help
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -58,9 +58,12 @@ test: $(VENV)/.built ## Tests of Rust and Python, without the slow and GPU ones
 	@cargo test --workspace --quiet
 	@$(BIN)/python -m pytest -q -m "not slow and not gpu" $(WORKERS)
 
-test-all: $(VENV)/.built ## All tests that this machine can run, with full counts
+test-all: $(VENV)/.built matrix ## All tests that this machine can run, with full counts
 	@EMBKIT_TEST_FULL=1 cargo test --workspace --quiet
 	@EMBKIT_TEST_FULL=1 $(BIN)/python -m pytest -q
+
+matrix: $(VENV)/.packages ## Environments of older sentence-transformers that exports are read with, in the cache
+	@$(BIN)/python tests/matrix.py
 
 lint: lint-rust lint-python ## Format and lint checks, types
 

@@ -1,10 +1,12 @@
-"""A tiny random backbone of each model family, with weights large enough to tell states apart."""
+"""A tiny random backbone of each model family, with weights large enough to tell states apart, and
+a tokenizer of 60 words for them."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
 VOCAB = 66  # of the conftest's tokenizer
 ENCODERS = ("bert", "xlm-roberta", "modernbert", "eurobert")
@@ -13,6 +15,19 @@ DECODERS = (
     "gemma3",
 )  # fmt: skip
 FAMILIES = (*ENCODERS, *DECODERS)
+SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+
+
+def word_tokenizer() -> Tokenizer:
+    """Whole words w0 to w59, lower-cased, [CLS] and [SEP] around them."""
+    vocab = {word: i for i, word in enumerate([*SPECIAL, *(f"w{i}" for i in range(60)), ":"])}
+    made = Tokenizer(models.WordLevel(vocab, unk_token="[UNK]"))
+    made.normalizer = normalizers.Lowercase()
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    made.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    return made
 
 
 def backbone(family: str, *, layers: int = 2, **changes: Any) -> Any:

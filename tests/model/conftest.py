@@ -7,12 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from families import word_tokenizer
+from tokenizers import Tokenizer
 
 from embkit.model import Encoder
 from embkit.recipe import Model
-
-SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
 
 @pytest.fixture(autouse=True)
@@ -27,14 +26,7 @@ def one_thread() -> Any:
 @pytest.fixture
 def tokenizer() -> Tokenizer:
     """Whole words w0 to w59, lower-cased, [CLS] and [SEP] around them."""
-    vocab = {word: i for i, word in enumerate([*SPECIAL, *(f"w{i}" for i in range(60)), ":"])}
-    made = Tokenizer(models.WordLevel(vocab, unk_token="[UNK]"))
-    made.normalizer = normalizers.Lowercase()
-    made.pre_tokenizer = pre_tokenizers.Whitespace()
-    made.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
-    )
-    return made
+    return word_tokenizer()
 
 
 @pytest.fixture

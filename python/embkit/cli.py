@@ -502,16 +502,39 @@ def plot(
 def export(
     model: Annotated[Path, typer.Argument(help="A model directory or training run.")],
     out: Out,
+    name: Annotated[
+        str | None, typer.Option("--name", help="Of the model: USER/MODEL on the hub.")
+    ] = None,
+    card: Annotated[
+        Path | None, typer.Option("--card", help="TOML: base_model, language, license, [[data]].")
+    ] = None,
+    onnx: Annotated[bool, typer.Option("--onnx", help="Write onnx/model.onnx too.")] = False,
+    int8: Annotated[bool, typer.Option("--int8", help="And one of 8-bit weights.")] = False,
+    push: Annotated[bool, typer.Option("--push", help="To the hub, as --name.")] = False,
+    private: Annotated[bool, typer.Option("--private", help="A private repository.")] = False,
 ) -> None:
     """Write the sentence-transformers layout, and check it when that library is there."""
-    from embkit.model import Encoder, check_export
+    from embkit.model import Card, Encoder, check_export, check_serving
+    from embkit.model import export as write
+    from embkit.model.card import find
+    from embkit.model.hub import push_to_hub
 
+    if push and not name:
+        raise UsageError("--push needs the name of a repository.", fix="--name USER/MODEL")
     encoder = Encoder.from_pretrained(model)
-    encoder.export(out)
+    about = find(model)
+    if card is not None:
+        about = Card.read(card, base=about)
+    write(encoder, out, name=name, card=about, onnx=onnx, int8=int8)
     difference = check_export(encoder, out, ["a first text", "and a second, somewhat longer one"])
     if difference is not None:
         print(f"  reloaded with sentence-transformers: max |difference| {difference:.1e}")
+    for server, notes in check_serving(out).items():
+        for note in notes:
+            print(f"  {server}: {note}")
     _done(out)
+    if push and name:
+        print(f"  {push_to_hub(out, name, private=private)}")
 
 
 @app.command()

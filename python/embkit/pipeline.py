@@ -191,7 +191,7 @@ class _Run:
 
     def _judge(self, start: Encoder, pre: Encoder, tuned: list[Path]) -> dict[str, Any]:
         """From the trained models to the exported one."""
-        from embkit.model import Encoder, check_export
+        from embkit.model import Card, Encoder, check_export
 
         out, recipe = self.out, self.recipe
         self._stage("soup", "uniform and greedy, judged on dev")
@@ -224,7 +224,7 @@ class _Run:
 
         self._stage("export", "sentence-transformers layout")
         final = soups[kept].cpu()  # its check compares with the CPU
-        final.export(out / "model")
+        final.export(out / "model", card=Card.of_run(out, result=result, soup=kept))
         result["export"] = {
             "max_abs_difference": check_export(final, out / "model", _sample_texts(self.data)),
             "limit": 2e-6,

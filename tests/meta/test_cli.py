@@ -58,7 +58,7 @@ FROZEN = {
     "evaluate": {"model", "on", "--out", "--tasks", "--against", "--dims", "--precision"}
     | {"--leaks", "--held-out", "--cache", "--fresh"},
     "plot": {"results", "--out"},
-    "export": {"model", "--out"},
+    "export": {"model", "--out", "--name", "--card", "--onnx", "--int8", "--push", "--private"},
     "inspect": {"path"},
     "verify": {"path"},
     "bench": {"group", "--json", "--quick", "--only"},

@@ -437,11 +437,11 @@ class Encoder(nn.Module):
             out["tuning"] = changed
         return out
 
-    def export(self, path: Path | str) -> Path:
+    def export(self, path: Path | str, **options: Any) -> Path:
         """Write the sentence-transformers layout; see :func:`embkit.model.export.export`."""
         from embkit.model.export import export
 
-        return export(self, path)
+        return export(self, path, **options)
 
     def _side(self, role: str | None, prompt: str | None) -> tuple[str, int]:
         if role is not None and role not in ROLES:

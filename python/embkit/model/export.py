@@ -8,6 +8,7 @@ is Tanh.
 
 from __future__ import annotations
 
+import inspect
 import json
 import shutil
 from collections.abc import Mapping, Sequence
@@ -17,13 +18,14 @@ from typing import Any
 import numpy as np
 import torch
 
-import embkit
 from embkit import _rust
 from embkit.errors import EmbkitError, UsageError
-from embkit.model.attention import caps_scores
+from embkit.model import card as cards
+from embkit.model.card import Card
 from embkit.model.encoder import Encoder
 from embkit.model.load import quiet
-from embkit.model.projection import linears
+from embkit.model.portable import portable_config
+from embkit.model.projection import dense_layers
 from embkit.model.tuning import merged_state
 
 _TYPE = "sentence_transformers.models"
@@ -32,19 +34,31 @@ _PROMPT_NAMES = {"passage": "document", "sts": "STS", "classification": "Classif
 _LAYOUT = "3.4.1"  # the oldest sentence-transformers this layout is tested with
 
 
-def export(encoder: Encoder, path: Path | str, *, name: str | None = None) -> Path:
+def export(
+    encoder: Encoder,
+    path: Path | str,
+    *,
+    name: str | None = None,
+    card: Card | None = None,
+    onnx: bool = False,
+    int8: bool = False,
+) -> Path:
     """Write a model directory, whole or not at all.
 
     Args:
         encoder: what to write, in fp32.
         path: the directory; one that embkit wrote before is replaced as one step.
-        name: title of the model card (default: the directory's name).
+        name: title of the model card, and what its snippets load: a hub id, say (default: the
+            directory's name).
+        card: what the card says of data, scores and soup.
+        onnx: write ``onnx/model.onnx`` too (needs ``embkit[onnx]``); int8: and one of 8-bit
+            weights, ``onnx/model_qint8.onnx``.
 
     Returns:
         The directory.
 
     Raises:
-        UsageError: the path exists and is no model directory.
+        UsageError: the path exists and is no model directory, or ONNX without its extra.
     """
     out = Path(path)
     if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not _is_model(out))):
@@ -58,7 +72,13 @@ def export(encoder: Encoder, path: Path | str, *, name: str | None = None) -> Pa
     work = Path(_rust.temp_path(str(out)))
     work.mkdir()
     try:
-        for file, data in _files(encoder, name or out.name).items():
+        graphs: list[str] = []
+        if onnx or int8:
+            from embkit.model.onnx import write_onnx
+
+            graphs = write_onnx(encoder, work, int8=int8)
+        readme = cards.write(encoder, name or out.name, card or Card(), onnx=graphs).encode()
+        for file, data in {**_files(encoder), "README.md": readme}.items():
             (work / file).parent.mkdir(exist_ok=True)
             _rust.publish_file(str(work / file), data)
         _rust.publish_dir(str(work), str(out))
@@ -98,20 +118,17 @@ def check_export(encoder: Encoder, path: Path | str, texts: Sequence[str]) -> fl
     return float(np.abs(theirs.astype(np.float64) - ours).max(initial=0.0))
 
 
-def _files(encoder: Encoder, title: str) -> dict[str, bytes]:
-    """Every file of the directory, by name."""
-    config = encoder.backbone.config
-    hidden = int(config.hidden_size)
+def _files(encoder: Encoder) -> dict[str, bytes]:
+    """Every file of the directory but its card, by name."""
+    hidden = int(encoder.backbone.config.hidden_size)
+    settings = portable_config(encoder)
     length = max(encoder.max_length.values())
-    settings = {**json.loads(config.to_json_string(use_diff=False)), "dtype": "float32"}
-    settings.pop("_name_or_path", None)  # a path of this machine
-    settings["torch_dtype"] = "float32"  # the key that transformers 4 reads
-    if caps_scores(config):  # by default transformers takes SDPA, which has no cap
-        settings["attn_implementation"] = "eager"
-    settings["architectures"] = [type(encoder.backbone).__name__]
     tokenizer = {**encoder.tokenizer.config, "model_max_length": length}
+    # Older readers pass on whatever the tokenizer gives, and a model may not take token types.
+    if "token_type_ids" not in inspect.signature(encoder.backbone.forward).parameters:
+        tokenizer["model_input_names"] = ["input_ids", "attention_mask"]
     modules = [("", "Transformer"), ("1_Pooling", "Pooling")]
-    dense = {f"{2 + i}_Dense": layer for i, layer in enumerate(linears(encoder.projection))}
+    dense = {f"{2 + i}_Dense": layer for i, layer in enumerate(dense_layers(encoder.projection))}
     modules += [(folder, "Dense") for folder in dense]
     modules.append((f"{max(2 + len(dense), 3)}_Normalize", "Normalize"))
     files = {
@@ -154,17 +171,17 @@ def _files(encoder: Encoder, title: str) -> dict[str, bytes]:
                 **encoder.beyond_weights(),
             }
         ),
-        "README.md": _card(encoder, title).encode(),
     }
-    for folder, layer in dense.items():
+    for folder, (layer, activation) in dense.items():
         about = {
             "in_features": layer.in_features,
             "out_features": layer.out_features,
-            "bias": False,
-            "activation_function": "torch.nn.modules.linear.Identity",
+            "bias": layer.bias is not None,
+            "activation_function": activation,
         }
         files[f"{folder}/config.json"] = _json(about)
-        files[f"{folder}/model.safetensors"] = _safetensors({"linear.weight": layer.weight})
+        weights = {f"linear.{name}": value for name, value in layer.state_dict().items()}
+        files[f"{folder}/model.safetensors"] = _safetensors(weights)
     return files
 
 
@@ -209,74 +226,3 @@ def _json(value: Any) -> bytes:
 
 def _is_model(path: Path) -> bool:
     return (path / "config.json").is_file() and (path / "modules.json").is_file()
-
-
-def _card(encoder: Encoder, title: str) -> str:
-    widths = ", ".join(str(d) for d in encoder.dims)
-    length = max(encoder.max_length.values())
-    return f"""---
-library_name: sentence-transformers
-pipeline_tag: sentence-similarity
-tags:
-- sentence-transformers
-- feature-extraction
-- sentence-similarity
-- embkit
----
-
-# {title}
-
-A text-embedding model trained with embkit {embkit.__version__}. It maps texts to unit vectors of
-width {encoder.width}; the first {widths} numbers are embeddings of their own (Matryoshka), to be
-normalised again after the cut.
-
-```python
-from sentence_transformers import SentenceTransformer
-
-model = SentenceTransformer("{title}", truncate_dim={encoder.dims[-1]})
-embeddings = model.encode(["a text", "another text"], normalize_embeddings=True)
-```
-
-- Pooling: {encoder.pooling}; projection: {_head(encoder)}
-- Longest text: {length} tokens (queries were trained with {encoder.max_length["query"]})
-- Prompts: query {encoder.prompts["query"]!r}, passage {encoder.prompts["passage"]!r}
-- Similarity: cosine
-{_attention_note(encoder)}"""
-
-
-def _head(encoder: Encoder) -> str:
-    layers = linears(encoder.projection)
-    widths = [layer.out_features for layer in layers]
-    if len(layers) > 1:
-        return f"{len(layers)} linear layers, {' -> '.join(map(str, widths))}"
-    return "linear" if layers else "none"
-
-
-def _attention_note(encoder: Encoder) -> str:
-    """What the reader of a converted language model has to know."""
-    import transformers
-
-    if encoder.opening < 1:
-        return f"""
-## Attention
-
-Unfinished: the soft mask of this model is {encoder.opening:.0%} open. Only embkit computes it;
-sentence-transformers would let every token see every other.
-"""
-    if "bidirectional" not in encoder.beyond_weights():
-        return ""
-    flag = "use_bidirectional_attention" if _own_flag(encoder) else "is_causal"
-    value = "true" if _own_flag(encoder) else "false"
-    return f"""
-## Attention
-
-Bidirectional: a language model was turned into an encoder. `config.json` says so by
-`"{flag}": {value}`. transformers {transformers.__version__}, with which this was exported, follows
-it; a library that does not know the key runs the model with causal attention and gives other
-embeddings, without an error. To be sure, embed two texts that differ in the last word alone and
-compare the states of their first token: they must differ.
-"""
-
-
-def _own_flag(encoder: Encoder) -> bool:
-    return bool(getattr(encoder.backbone.config, "use_bidirectional_attention", False))

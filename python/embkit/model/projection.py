@@ -1,4 +1,7 @@
-"""The linear head between pooling and embedding: one layer, or two with nothing between them."""
+"""The head between pooling and embedding: one linear layer, or two with nothing between them.
+
+Models of others may have a bias and an activation in it (LaBSE a tanh); embkit makes none.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,13 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
+
+IDENTITY = "torch.nn.modules.linear.Identity"
+# Name in a Dense module's config -> what it is.
+ACTIVATIONS: dict[str, type[nn.Module]] = {
+    f"torch.nn.modules.activation.{kind.__name__}": kind
+    for kind in (nn.Tanh, nn.ReLU, nn.GELU, nn.SiLU, nn.Sigmoid)
+}
 
 
 def new_projection(hidden: int, width: int, *, between: int = 0) -> nn.Module:
@@ -30,18 +40,32 @@ def prefix(hidden: int, width: int) -> nn.Linear:
 
 
 def linears(projection: nn.Module | None) -> list[nn.Linear]:
-    """The layers of a projection in order; none for None."""
+    """The linear layers of a projection in order; none for None."""
+    return [layer for layer, _ in dense_layers(projection)]
+
+
+def dense_layers(projection: nn.Module | None) -> list[tuple[nn.Linear, str]]:
+    """The linear layers in order, each with the name of the activation behind it."""
     if projection is None:
         return []
-    if isinstance(projection, nn.Linear):
-        return [projection]
-    layers = [layer for layer in projection.children() if isinstance(layer, nn.Linear)]
-    if len(layers) != len(list(projection.children())) or not layers:
-        raise TypeError("a projection is one nn.Linear or a Sequential of them")
-    return layers
+    parts = [projection] if isinstance(projection, nn.Linear) else list(projection.children())
+    out: list[tuple[nn.Linear, str]] = []
+    names = {kind: name for name, kind in ACTIVATIONS.items()}
+    for part in parts:
+        if isinstance(part, nn.Linear):
+            out.append((part, IDENTITY))
+        elif type(part) in names and out and out[-1][1] == IDENTITY:
+            out[-1] = (out[-1][0], names[type(part)])
+        else:
+            raise TypeError(
+                "a projection is one nn.Linear, or a Sequential of them and activations"
+            )
+    if not out:
+        raise TypeError("a projection has a linear layer")
+    return out
 
 
-def join(layers: list[nn.Linear]) -> nn.Module | None:
+def join(layers: list[nn.Module]) -> nn.Module | None:
     """One projection from its layers."""
     return None if not layers else layers[0] if len(layers) == 1 else nn.Sequential(*layers)
 

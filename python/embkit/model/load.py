@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from embkit.errors import CorruptError, FormatError, UsageError
+from embkit.model import foreign
 from embkit.model.convert import keep_layers as keep_bottom
 from embkit.model.encoder import Encoder
 from embkit.model.projection import join, linears, new_projection, seeded
@@ -27,16 +27,10 @@ VERSION = 2  # 2 has soft_mask, which a reader of 1 would leave out
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[\w.-]+)?$")
 _HUB_SECONDS = 5
 _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*/config.json", "*/model.safetensors"]
-_LEGACY_POOLING = {
-    "pooling_mode_mean_tokens": "mean",
-    "pooling_mode_cls_token": "cls",
-    "pooling_mode_lasttoken": "last",
-}
 _DROPOUTS = (
     "hidden_dropout_prob", "attention_probs_dropout_prob", "attention_dropout", "embedding_dropout",
     "mlp_dropout", "hidden_dropout", "dropout",
 )  # fmt: skip
-_NEW_POOLING = {"mean": "mean", "cls": "cls", "lasttoken": "last"}
 
 
 def load_encoder(
@@ -81,25 +75,28 @@ def load_encoder(
         CorruptError: no weights, or weights that are damaged or do not fit the config.
     """
     folder = _find(path)
-    if not (folder / "config.json").is_file():
+    body = foreign.body(folder)
+    if not (body / "config.json").is_file():
         raise CorruptError(
             "The directory has no config.json: it holds no model.",
             where=folder,
             fix="give a directory that Encoder.export, SentenceTransformer or transformers wrote",
         )
-    _check_weights(folder)
-    tokens = load_tokenizer(folder if tokenizer is None else tokenizer)
-    backbone = _backbone(folder, dropout)
+    _check_weights(body)
+    tokens = load_tokenizer(body if tokenizer is None else tokenizer)
+    backbone = _backbone(body, dropout)
     if keep_layers:
         keep_bottom(backbone, keep_layers)
-    ours, module = _ours(folder), _modules(folder)
+    ours, module = _ours(folder), foreign.read(folder)
+    if module.get("lower_case") and tokenizer is None:
+        tokens = tokens.lower_cased()
     layers = module.get("projection", [])
     hidden = int(backbone.config.hidden_size)
     if dims is None:
-        dims = ours.get("dims") or [layers[-1].out_features if layers else hidden]
+        dims = ours.get("dims") or [linears(join(layers))[-1].out_features if layers else hidden]
     if new_head or projection_hidden or (not layers and max(dims, default=0) > hidden):
         with seeded(seed):
-            layers = linears(new_projection(hidden, max(dims), between=projection_hidden))
+            layers = [*linears(new_projection(hidden, max(dims), between=projection_hidden))]
     opening = ours.get("soft_mask", {})
     if soft_mask_steps is not None:
         opening = {"steps": soft_mask_steps}
@@ -238,93 +235,6 @@ def _ours(folder: Path) -> dict[str, Any]:
             fix="upgrade embkit",
         )
     return content
-
-
-def _modules(folder: Path) -> dict[str, Any]:
-    """Pooling, projection, prompts and length from a sentence-transformers directory."""
-    out: dict[str, Any] = {}
-    listing = folder / "modules.json"
-    if not listing.is_file():
-        return out
-    for module in _read_list(listing):
-        kind = str(module.get("type", "")).rsplit(".", 1)[-1]
-        where = folder / str(module.get("path", ""))
-        if kind == "Pooling":
-            out |= _pooling(where / "config.json")
-        elif kind == "Dense":
-            out.setdefault("projection", []).append(_dense(where))
-        elif kind not in ("Transformer", "Normalize"):
-            raise UsageError(
-                f"Unknown sentence-transformers module {kind}.",
-                where=listing,
-                fix="embkit reads Transformer, Pooling, Dense (Identity) and Normalize",
-            )
-    settings = folder / "sentence_bert_config.json"
-    if settings.is_file() and (length := read_json(settings).get("max_seq_length")):
-        out["max_length"] = {"query": int(length), "passage": int(length)}
-    described = folder / "config_sentence_transformers.json"
-    if described.is_file():
-        given = read_json(described).get("prompts") or {}
-        passage = given.get("passage", given.get("document", ""))
-        out["prompts"] = {"query": given.get("query", ""), "passage": passage}
-    return out
-
-
-def _pooling(path: Path) -> dict[str, Any]:
-    config = read_json(path)
-    modes = [name for key, name in _LEGACY_POOLING.items() if config.get(key)]
-    if not modes and config.get("pooling_mode") in _NEW_POOLING:
-        modes = [_NEW_POOLING[config["pooling_mode"]]]
-    if len(modes) != 1:
-        raise UsageError(
-            "The pooling of this model is not mean, cls or last token alone.", where=path
-        )
-    return {"pooling": modes[0], "include_prompt": bool(config.get("include_prompt", True))}
-
-
-def _dense(folder: Path) -> nn.Linear:
-    from safetensors.torch import load_file
-
-    config = read_json(folder / "config.json")
-    activation = str(config.get("activation_function", "")).rsplit(".", 1)[-1]
-    if activation != "Identity" or config.get("bias"):
-        raise UsageError(
-            f"The Dense module has activation {activation or 'Tanh'} and bias "
-            f"{bool(config.get('bias'))}; embkit's projection is linear without bias.",
-            where=folder / "config.json",
-        )
-    weights = folder / "model.safetensors"
-    if not weights.is_file():
-        raise CorruptError(
-            "The projection has no model.safetensors.", where=folder, fix="copy the model again"
-        )
-    try:
-        weight = load_file(weights)["linear.weight"].float()
-    except Exception as error:
-        raise CorruptError(
-            f"The projection cannot be read: {error}", where=weights, fix="copy the model again"
-        ) from error
-    layer = nn.Linear(int(config["in_features"]), int(config["out_features"]), bias=False)
-    if layer.weight.shape != weight.shape:
-        raise CorruptError(
-            f"The projection is {list(weight.shape)}, its config says {list(layer.weight.shape)}.",
-            where=weights,
-            fix="copy the model again",
-        )
-    layer.weight.data.copy_(weight)
-    return layer
-
-
-def _read_list(path: Path) -> list[dict[str, Any]]:
-    import json
-
-    try:
-        value = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise CorruptError(f"Not JSON: {error}", where=path, fix="copy it again") from error
-    if not isinstance(value, list) or not all(isinstance(v, dict) for v in value):
-        raise CorruptError("Expected a list of modules.", where=path, fix="copy it again")
-    return value
 
 
 @contextmanager

@@ -63,6 +63,16 @@ class TextTokenizer:
 
         return _rust.blake3(self.json.encode())
 
+    def lower_cased(self) -> TextTokenizer:
+        """The same behind a lower-casing of the text, unless it does that by itself."""
+        if self._plain.normalizer and self._plain.normalizer.normalize_str("A") == "a":
+            return self
+        plain = json.loads(self.json)
+        own = plain.get("normalizer")
+        parts = [{"type": "Lowercase"}, *([own] if own else [])]
+        plain["normalizer"] = {"type": "Sequence", "normalizers": parts}
+        return TextTokenizer(Tokenizer.from_str(json.dumps(plain)), self.config)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> TextTokenizer:
         return self  # nothing in it changes; copies of an encoder share it
 

@@ -118,3 +118,16 @@ def test_greedy_generation_is_that_of_transformers(lm: Any) -> None:
     want = local.model.generate(ids, max_new_tokens=10, do_sample=False, pad_token_id=0)[0]
     got = local.generate([SHOTS, SHOTS + " and more"], max_tokens=10)[0]
     assert got.text == local.tokenizer.decode(want[ids.shape[1] :], skip_special_tokens=True)
+
+
+def test_an_answer_with_a_schema_ends_with_its_object(lm: Any, monkeypatch: Any) -> None:
+    from embkit.synth import local as module
+
+    local, said = Local(*lm, chat=False), 'so: {"a": {"b": "}"}} and more}'
+    script = local.tokenizer(said)["input_ids"]
+    steps = iter(script * 2)
+    monkeypatch.setattr(module, "_pick", lambda logits, *more: [next(steps)] * len(logits))
+    (free,) = local.generate(["x"], max_tokens=len(script))
+    assert free.text == said
+    (found,) = local.generate(["x"], max_tokens=len(script), schema={"type": "object"})
+    assert found.text == 'so: {"a": {"b": "}"}}' and not found.cut

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
+from json import JSONDecoder
 from pathlib import Path
 from typing import Any
 
@@ -289,8 +290,10 @@ class Local:
         seeds: Sequence[int] | None = None,
         schema: Mapping[str, Any] | None = None,
     ) -> list[Completion]:
-        """See :class:`embkit.synth.LLM`; a schema is not enforced."""
-        del schema
+        """See :class:`embkit.synth.LLM`; a schema is not enforced.
+
+        An answer that has one ends with its first whole JSON object.
+        """
         ids = [self._chat(prompt) for prompt in prompts]
         out = [Completion(reason="too_long", prompt_tokens=len(row)) for row in ids]
         fits = [i for i, row in enumerate(ids) if len(row) + max_tokens <= self.longest]
@@ -304,7 +307,15 @@ class Local:
             batch, order = order[:size], order[size:]
             rows = [ids[i][len(prefix) :] for i in batch]
             drawn = [int(seeds[i]) if seeds is not None else 0 for i in batch]
-            texts = self._decode(rows, past, len(prefix), max_tokens, temperature, drawn)
+            texts = self._decode(
+                rows,
+                past,
+                len(prefix),
+                max_tokens,
+                temperature,
+                drawn,
+                json=(schema or {}).get("type") == "object",
+            )
             for i, (tokens, ended) in zip(batch, texts, strict=True):
                 text = self.tokenizer.decode(tokens, skip_special_tokens=True)
                 self.usage.add(completion=len(tokens))
@@ -343,7 +354,7 @@ class Local:
 
     def _decode(
         self, rows: Sequence[Sequence[int]], past: Sequence[tuple[Any, Any]], before: int,
-        max_tokens: int, temperature: float, seeds: Sequence[int],
+        max_tokens: int, temperature: float, seeds: Sequence[int], json: bool,
     ) -> list[tuple[list[int], bool]]:  # fmt: skip
         """Continue rows; each with the tokens up to its end, and whether it ended."""
         n, longest = len(rows), max(map(len, rows))
@@ -371,12 +382,23 @@ class Local:
                 ended[i] = ended[i] or token in self._ends
                 if not ended[i]:
                     found[i].append(token)
+                    if json and "}" in self.tokenizer.decode([token]):
+                        ended[i] = has_object(self.tokenizer.decode(found[i]))
             if all(ended):
                 break
             ids = torch.tensor(tokens, device=device)[:, None]
             mask = torch.cat([mask, mask.new_ones(n, 1)], 1)
             place = place[:, -1:] + 1
         return list(zip(found, ended, strict=True))
+
+
+def has_object(text: str) -> bool:
+    """Whether a text has a whole JSON object from its first brace on."""
+    start = text.find("{")
+    try:
+        return start >= 0 and isinstance(JSONDecoder().raw_decode(text, start)[0], dict)
+    except ValueError:
+        return False
 
 
 class Tree:

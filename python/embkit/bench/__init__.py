@@ -26,7 +26,9 @@ from typing import Any
 
 from embkit.errors import EmbkitError, UsageError, nearest
 
-GROUPS = ("store", "dedup", "mine", "kernels", "train", "recipes", "synth", "soup")
+GROUPS = (
+    "store", "dedup", "mine", "kernels", "train", "recipes", "synth", "soup", "evaluate",
+)  # fmt: skip
 
 
 @dataclass

@@ -470,6 +470,9 @@ def evaluate(
     cache: Annotated[
         Path | None, typer.Option("--cache", help="Directory that keeps vectors of texts.")
     ] = None,
+    bf16: Annotated[
+        bool, typer.Option("--bf16", help="Encode in bfloat16: faster where a processor has it.")
+    ] = False,
     out: Annotated[Path | None, typer.Option("--out", help="Directory to publish.")] = None,
     fresh: Fresh = False,
 ) -> None:
@@ -479,7 +482,7 @@ def evaluate(
     print(
         words.evaluate(
             model, on, tasks=tasks, against=against, dims=dims, precision=precision, leaks=leaks,
-            held_out=held_out or [], cache=cache, out=out, fresh=fresh,
+            held_out=held_out or [], cache=cache, out=out, fresh=fresh, bf16=bf16,
         )
     )  # fmt: skip
 

@@ -100,3 +100,18 @@ def test_results_of_a_run_and_of_evaluations(result: dict[str, Any], tmp_path: P
         load_results([tmp_path])
     with pytest.raises(CorruptError, match="has no scores"):
         load_results([write("empty", {})])
+
+
+def test_tasks_of_mteb_have_a_line_a_precision(tmp_path: Path) -> None:
+    by = {"float": 61.5, "int8": 61.25}
+    content = {
+        "tasks": {},
+        "types": {"sts": {"64": by}, "bitext": {"64": {"float": 40.0, "int8": 39.5}}},
+        "mean": {"64": by},
+    }
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "result.json").write_text(json.dumps(content))
+    found = {p.name: p for p in plots(load_results([tmp_path / "model"]), "scores")}
+    assert list(found) == ["width-mean", "width-sts", "width-bitext", "stages"]
+    lines = {line.name: line.y for line in found["width-bitext"].lines}
+    assert lines == {"model": [40.0], "model, int8": [39.5]}

@@ -56,7 +56,7 @@ FROZEN = {
         "--fresh",
     },
     "evaluate": {"model", "on", "--out", "--tasks", "--against", "--dims", "--precision"}
-    | {"--leaks", "--held-out", "--cache", "--fresh"},
+    | {"--leaks", "--held-out", "--cache", "--fresh", "--bf16"},
     "plot": {"results", "--out"},
     "export": {"model", "--out", "--name", "--card", "--onnx", "--int8", "--push", "--private"},
     "inspect": {"path"},

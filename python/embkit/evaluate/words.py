@@ -6,9 +6,12 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from embkit.errors import UsageError
+
+if TYPE_CHECKING:
+    from embkit.model import Encoder
 
 
 def evaluate(
@@ -24,6 +27,7 @@ def evaluate(
     cache: Path | None,
     out: Path | None,
     fresh: bool,
+    bf16: bool = False,
 ) -> str:
     """The text to print: JSON of :func:`embkit.evaluate.evaluate`, or a table of tasks of mteb.
 
@@ -43,9 +47,8 @@ def evaluate(
         if needs:
             raise UsageError(f"{needs[0]} goes with --tasks.", fix=f"write --tasks {on}")
         from embkit.evaluate.run import evaluate as score
-        from embkit.model import Encoder
 
-        result = score(Encoder.from_pretrained(model), on, dims=widths, out=out, fresh=fresh)
+        result = score(_encoder(model, bf16), on, dims=widths, out=out, fresh=fresh)
         return json.dumps(result, indent=1)
     if bool(held_out) != (leaks is not None):
         raise UsageError(
@@ -55,15 +58,14 @@ def evaluate(
     from embkit.evaluate.benchmark import evaluate_tasks
     from embkit.evaluate.leaked import leaked_texts
     from embkit.evaluate.table import table
-    from embkit.model import Encoder
 
     more: dict[str, Any] = {}
     if against is not None:
         other = _name(against)
         other += "-2" * (other == _name(model))
-        more = {"against": Encoder.from_pretrained(against), "against_name": other}
+        more = {"against": _encoder(against, bf16), "against_name": other}
     found = evaluate_tasks(
-        Encoder.from_pretrained(model),
+        _encoder(model, bf16),
         _names(tasks or ""),
         name=_name(model),
         dims=widths,
@@ -75,6 +77,14 @@ def evaluate(
         **more,
     )
     return table(found)
+
+
+def _encoder(model: Path, bf16: bool) -> Encoder:
+    """A model, in bfloat16 when asked for: its digest is another then, and so are kept vectors."""
+    from embkit.model import Encoder
+
+    encoder = Encoder.from_pretrained(model)
+    return encoder.bfloat16() if bf16 else encoder
 
 
 def _names(tasks: str) -> list[str]:

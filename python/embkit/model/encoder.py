@@ -39,6 +39,13 @@ POOLINGS = ("mean", "cls", "last")
 _TOKENS = 4096  # of an encoding micro-batch: large enough for full speed, small enough for caches
 
 
+def _widened(states: torch.Tensor) -> torch.Tensor:
+    """States in float32 where no gradient is wanted: a mean rounded to 8 bits moves rankings."""
+    if states.dtype in (torch.bfloat16, torch.float16) and not torch.is_grad_enabled():
+        return states.float()
+    return states
+
+
 class Encoder(nn.Module):
     """A text encoder with MRL widths.
 
@@ -284,6 +291,7 @@ class Encoder(nn.Module):
             if attention_mask is None:
                 raise UsageError("A padded batch needs its attention_mask.", fix="give the mask")
             h_BLH = states.padded(self.backbone, input_ids, attention_mask, opening=self.opening)
+            h_BLH = _widened(h_BLH)
             pooled_BH = states.pool(h_BLH, attention_mask, pooling=self.pooling, skip=skip)
         else:
             if not self.can_pack:
@@ -293,8 +301,15 @@ class Encoder(nn.Module):
                     fix="use padded batches",
                 )
             h_TH = states.packed(self.backbone, input_ids, cu_seqlens, longest=longest)
+            h_TH = _widened(h_TH)
             pooled_BH = states.pool_packed(h_TH, cu_seqlens, pooling=self.pooling, skip=skip)
-        return self.projection(pooled_BH) if self.projection is not None else pooled_BH
+        if self.projection is None:
+            return pooled_BH
+        if pooled_BH.dtype == linears(self.projection)[0].weight.dtype or torch.is_grad_enabled():
+            return self.projection(pooled_BH)
+        for layer in linears(self.projection):  # of a model in half precision
+            pooled_BH = nn.functional.linear(pooled_BH, layer.weight.to(pooled_BH.dtype))
+        return pooled_BH
 
     def packed(
         self,

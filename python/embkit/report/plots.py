@@ -50,7 +50,7 @@ def plots(result: Mapping[str, Any], split: str) -> list[Plot]:
     """The plots of a split: mean over widths, each kind over widths, stages."""
     return [
         _by_width(result, split),
-        *(_kind_by_width(result, split, kind) for kind in scores.kinds(result, split)),
+        *(_kind_by_width(result, split, kind) for kind in _kinds(result, split)),
         _by_stage(result, split),
     ]
 
@@ -127,7 +127,33 @@ def load_results(paths: Sequence[Path]) -> dict[str, Any]:
         if not {"mean", "types", "tasks"} <= set(result):
             raise CorruptError("This result.json has no scores.", where=name)
     dims = sorted({int(w) for result in found.values() for w in result["mean"]}, reverse=True)
-    return {"dims": dims, "scores": {"scores": found}}
+    lines = {k: v for name, result in found.items() for k, v in _models(name, result).items()}
+    return {"dims": dims, "scores": {"scores": lines}}
+
+
+def _kinds(result: Mapping[str, Any], split: str) -> list[str]:
+    """Kinds of tasks in a split: the usual ones first, then others of mteb."""
+    usual = scores.kinds(result, split)
+    found = {kind for model in result["scores"][split].values() for kind in model["types"]}
+    return [*usual, *sorted(found - set(usual))]
+
+
+def _models(name: str, result: Mapping[str, Any]) -> dict[str, Any]:
+    """Lines of an evaluation: one, or one a precision where tasks of mteb were scored."""
+    first = next(iter(result["mean"].values()), None)
+    if not isinstance(first, Mapping):
+        return {name: result}
+    return {
+        name if precision == "float" else f"{name}, {precision}": {
+            "tasks": {},
+            "mean": {w: by[precision] for w, by in result["mean"].items()},
+            "types": {
+                kind: {w: by[precision] for w, by in widths.items()}
+                for kind, widths in result["types"].items()
+            },
+        }
+        for precision in first
+    }
 
 
 def _by_width(result: Mapping[str, Any], split: str) -> Plot:
@@ -143,8 +169,8 @@ def _kind_by_width(result: Mapping[str, Any], split: str, kind: str) -> Plot:
         name: {int(w): float(v) for w, v in found["types"].get(kind, {}).items()}
         for name, found in result["scores"][split].items()
     }
-    title = f"{scores.TITLES[kind]}, over widths, {split}"
-    return _over_widths(kind, title, scores.MAIN[kind], series, result)
+    title = f"{scores.TITLES.get(kind, kind)}, over widths, {split}"
+    return _over_widths(kind, title, scores.MAIN.get(kind, "score"), series, result)
 
 
 def _over_widths(
@@ -174,9 +200,9 @@ def _by_stage(result: Mapping[str, Any], split: str) -> Plot:
     full = scores.widths(result)[0]
     places = [float(i + 1) for i in range(len(models))]
     lines = []
-    for i, kind in enumerate(scores.kinds(result, split)):
+    for i, kind in enumerate(_kinds(result, split)):
         values = [float(m["types"].get(kind, {}).get(full, math.nan)) for m in models.values()]
-        title = scores.TITLES[kind]
+        title = scores.TITLES.get(kind, kind)
         lines.append(
             Line(name=title, x=places, y=values, color=COLORS[i % len(COLORS)], points=True)
         )

@@ -17,7 +17,7 @@ IN_VENV := PATH="$(abspath $(BIN)):$$PATH" VIRTUAL_ENV="$(abspath $(VENV))"
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 RUST := $(shell find rust -name '*.rs' -o -name Cargo.toml 2>/dev/null) Cargo.toml Cargo.lock
 
-.PHONY: help build demo test test-all matrix lint lint-rust lint-python bench rivals aot aot-next gpu wheel clean
+.PHONY: help build demo test test-all matrix lint lint-rust lint-python bench rivals llm aot aot-next gpu wheel clean
 
 help: ## Show this help
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -85,6 +85,9 @@ rivals: $(VENV)/.built ## Rivals of the store, dedup, mine and train benches in 
 	  > "$$(echo $(RIVALS)/lib/python*/site-packages)/embkit-environment.pth"
 	@$(RIVALS)/bin/python -m pip install -q --disable-pip-version-check -r benches/rivals/requirements.txt
 	@$(RIVALS)/bin/python -m pip install -q --disable-pip-version-check --no-deps -r benches/rivals/no-deps.txt
+
+llm: $(VENV)/.built ## A small language model and a server for it, for the bench and tests of synth, in the cache
+	@$(BIN)/python -m embkit.bench.llm
 
 aot: $(VENV)/.packages ## Compile every kernel for sm_80, sm_90, sm_100; renew the table in docs/kernels.md
 	@PYTHONPATH=kernels $(BIN)/python -m embkit_kernels.aot --write docs/kernels.md

@@ -166,6 +166,7 @@ def test_the_peer_gets_our_texts_our_weights_and_our_seconds(
     ) -> dict[str, Any]:
         calls.append((model, sorted(p.stem for p in rows.iterdir()), dict(settings), dims))
         shutil.copytree(model, out / "model", dirs_exist_ok=True)
+        (out / "model" / "embkit.json").unlink(missing_ok=True)  # it is not embkit's
         return {"first": 0.5, "cpu": 0.5 + 0.01 * (settings["steps"] - 1)}
 
     monkeypatch.setattr(recipes_peer, "run", run)
@@ -173,6 +174,7 @@ def test_the_peer_gets_our_texts_our_weights_and_our_seconds(
     (start, early, pre, dims), _, (then, late, _, _), (_, _, fine, _) = calls[:4]
     assert early == ["retrieval"] and late == ["classification", "retrieval", "sts"]
     budgets = bench.budgets(ours["stages"])  # at 0.01 s a step after 0.5 s
+    assert set(theirs["scores"]) == {"16", "8"}
     assert theirs["steps"] == [max(1, round((b - 0.5) / 0.01)) for b in budgets]
     assert calls[1][2]["steps"] == theirs["steps"][0] and fine["steps"] == theirs["steps"][1]
     assert (pre["lr"], fine["lr"], dims) == (2e-3, 5e-4, (16, 8)) and then.parent.name == "stage-0"

@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from embkit import _rust
 from embkit.bench import Case
@@ -25,6 +25,9 @@ from embkit.bench import recipes_data as real
 from embkit.bench import recipes_systems_data as folders
 from embkit.bench.recipes_peer import cpu
 from embkit.bench.recipes_rows import case_of, found
+
+if TYPE_CHECKING:
+    from embkit.recipe import Recipe
 
 _VERSION = 1  # of what a run is
 _SEEDS = (0, 1, 2)
@@ -216,7 +219,8 @@ class Bench:
             chosen, first = recipe.load(self.recipe(seed)), self.system.seeds[0]
             early, late = self.budgets(self.ours(first)["stages"])
             store = self.home / f"ours-{first}" / "store"
-            lengths = self.lengths()
+            t = chosen.tokenizer
+            lengths = {"query": t.max_length_query, "passage": t.max_length_passage}
             start = Encoder.from_config(chosen.model, store / "tokenizer", max_length=lengths)
             model = start.export(out / "start")
             said: list[dict[str, Any]] = []
@@ -241,12 +245,11 @@ class Bench:
             self._keep(kept, {**about, **self.score(model)})
         return dict(json.loads(kept.read_text()))
 
-    def lengths(self) -> dict[str, int]:
-        """Tokens that a query and a passage keep, of both sides."""
+    def first(self) -> Recipe:
+        """The recipe of the first seed."""
         from embkit import recipe
 
-        t = recipe.load(self.recipe(self.system.seeds[0])).tokenizer
-        return {"query": t.max_length_query, "passage": t.max_length_passage}
+        return recipe.load(self.recipe(self.system.seeds[0]))
 
     def _clean(self) -> Path:
         run = self.home / f"ours-{self.system.seeds[0]}"
@@ -258,8 +261,11 @@ class Bench:
         from embkit.evaluate.tasks import load_split
         from embkit.model import Encoder
 
-        encoder = Encoder.from_pretrained(model, max_length=self.lengths())
-        widths = sorted({max(encoder.dims), min(encoder.dims)}, reverse=True)
+        chosen = self.first()
+        t, dims = chosen.tokenizer, chosen.model.dims  # the peer's model tells neither
+        lengths = {"query": t.max_length_query, "passage": t.max_length_passage}
+        encoder = Encoder.from_pretrained(model, max_length=lengths)
+        widths = sorted({max(dims), min(dims)}, reverse=True)
         return scores_of(encoder, load_split(self.data / "test"), widths)
 
     def _keep(self, path: Path, content: Mapping[str, Any]) -> None:

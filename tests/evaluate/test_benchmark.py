@@ -10,10 +10,13 @@ from typing import Any
 import every_kind
 import numpy as np
 import pytest
+from scipy.stats import spearmanr
+from small import full_count
 
 from embkit.errors import UsageError
 from embkit.evaluate import evaluate_tasks, leaked_texts, metrics
-from embkit.evaluate.kinds import KINDS, load_all
+from embkit.evaluate.kinds import KINDS, load_all, texts_of
+from embkit.evaluate.local import as_task
 from embkit.evaluate.run import score_set
 from embkit.evaluate.table import table
 from embkit.evaluate.vectors import TextVectors, quantised
@@ -160,6 +163,36 @@ def test_a_task_of_mteb_by_its_name(
     assert got["tasks"]["STSBenchmark"]["type"] == "sts"
 
 
+def test_a_task_of_several_languages_is_their_mean(encoder: Any, folder: Path) -> None:
+    from datasets import Dataset, DatasetDict
+
+    rows = [json.loads(line) for line in (folder / "sts" / "small.jsonl").read_text().splitlines()]
+    parts = {"en-en": rows[:35], "es-es": rows[35:]}
+    task = mteb.get_task("STS17", hf_subsets=list(parts))
+    task.dataset = {
+        name: DatasetDict({"test": Dataset.from_list(part)}) for name, part in parts.items()
+    }
+    task.data_loaded = True
+    got = evaluate_tasks(encoder, [task], dims=[20], resamples=10)["tasks"]["STS17"]
+    cell = got["scores"]["20"]["float"]
+    each = []
+    for part in parts.values():
+        a, b = (encoder.encode([r[c] for r in part]) for c in ("sentence1", "sentence2"))
+        each.append(100 * spearmanr((a * b).sum(1), [r["score"] for r in part]).statistic)
+    assert cell["score"] == pytest.approx(np.mean(each), abs=0.1)
+    assert got["examples"] == len(rows)
+    assert cell["low"] < cell["score"] < cell["high"]
+
+
+def test_a_measure_that_is_not_known_has_no_interval(encoder: Any, folder: Path) -> None:
+    task = as_task(next(one for one in load_all(folder) if one.type == "multilabel"))
+    type(task).metadata = task.metadata.model_copy(update={"main_score": "lrap"})
+    got = evaluate_tasks(encoder, [task], dims=[20], resamples=10)
+    cell = got["tasks"]["multilabel-small"]["scores"]["20"]["float"]
+    assert list(cell) == ["score"] and cell["score"] > 0
+    assert f"{cell['score']:.2f}\n" in table(got)
+
+
 def test_words_of_the_command_line(encoder: Any, folder: Path, tmp_path: Path) -> None:
     only = tmp_path / "test"
     only.mkdir()
@@ -221,10 +254,47 @@ def test_two_models_in_pairs(encoder: Any, folder: Path, tmp_path: Path) -> None
     assert "embkit/model minus that" in table(got)
 
 
+def examples_with(found: Any, seen: set[str]) -> int:
+    """How many examples of a set have a text that training has seen."""
+    match found.type:
+        case "retrieval" | "instruction_retrieval":
+            found = getattr(found, "retrieval", found)
+            each = [
+                {q, *(found.corpus[i] for i in answers)}
+                for q, answers in zip(found.queries, found.judged, strict=True)
+            ]
+        case "reranking":
+            each = [{q, *p} for q, p in zip(found.queries, found.positive, strict=True)]
+        case "classification" | "multilabel":
+            each = [{text} for text in found.test]
+        case "clustering" | "summarization":
+            each = [{text} for text in found.texts]
+        case _:
+            each = [{*pair} for pair in zip(found.first, found.second, strict=True)]
+    return sum(bool(texts & seen) for texts in each)
+
+
+@pytest.mark.skipif(full_count(0, 1), reason="EMBKIT_TEST_FULL=1 leaks into every kind of sets")
+def test_leaked_examples_of_every_kind(encoder: Any, folder: Path, made: Any) -> None:
+    """A text from the front and the last held-out one of each set: queries and passages, both
+    sides of pairs. White space does not matter."""
+    sets = load_all(folder)
+    seen = {texts_of(one)[i] for one in sets for i in (3, -1)}
+    seen -= {texts_of(one)[-1] for one in sets if one.type == "summarization"}
+    spaced = {text.replace(" ", "\n ") for text in seen}
+    got = evaluate_tasks(
+        encoder, [folder], dims=[20], resamples=0, leaked=spaced, cache=made[1] / "cache"
+    )
+    for one in sets:
+        of = got["tasks"][one.name.replace("/", "-")]
+        assert of["leaked"] == examples_with(one, seen) > 0, one.name
+        cell = of["scores"]["20"]["float"]
+        assert cell["clean"] != cell["score"]
+        assert "clean_low" not in cell
+
+
 def test_scores_without_leaked_examples(encoder: Any, folder: Path, tmp_path: Path) -> None:
     """The dedup stage finds copies of some sentences; their pairs leave the second score."""
-    from scipy.stats import spearmanr
-
     from embkit import data
 
     only = tmp_path / "test"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 
 from embkit.data.leaks import held_out
 from embkit.errors import CorruptError, UsageError
+from embkit.evaluate import evaluate_tasks
 from embkit.evaluate.kinds import KINDS, load_all, texts_of
 
 
@@ -106,3 +108,11 @@ def test_one_query_with_two_instructions(folder: Path) -> None:
         file.write(json.dumps(row) + "\n")
     with pytest.raises(CorruptError, match="two instructions"):
         load_all(folder)
+
+
+def test_without_mteb_the_message_says_how_to_get_it(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "mteb", None)
+    with pytest.raises(UsageError, match=r"pip install 'embkit\[mteb\]'"):
+        evaluate_tasks(None, [folder])  # type: ignore[arg-type]

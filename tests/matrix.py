@@ -27,7 +27,7 @@ ENVIRONMENTS: dict[str, tuple[str, ...]] = {
     ),
     "st-5.1.0": (
         "sentence-transformers==5.1.0", "transformers==4.56.2", "tokenizers==0.22.0",
-        "huggingface_hub==0.35.3", *OLD,
+        "huggingface_hub==0.35.3", "optimum==2.1.0", "optimum-onnx==0.1.0", *OLD,
     ),
     "st-5.3.0": ("sentence-transformers==5.3.0", "transformers==5.3.0", "tokenizers==0.22.2"),
     "pinned": (),

@@ -6,6 +6,7 @@ NAME/expected.npz what the encoder gave. Prints one JSON object, NAME -> what wa
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
 import warnings
@@ -29,6 +30,12 @@ def read(folder: Path) -> dict[str, Any]:
     }
     narrow = SentenceTransformer(str(folder / "model"), device="cpu", truncate_dim=8)
     found["cut"] = narrow.encode(texts, normalize_embeddings=True, **options)
+    if (folder / "model" / "onnx").is_dir() and importlib.util.find_spec("optimum"):
+        options_of = {"file_name": "onnx/model.onnx", "provider": "CPUExecutionProvider"}
+        graph = SentenceTransformer(
+            str(folder / "model"), device="cpu", backend="onnx", model_kwargs=options_of
+        )
+        found["onnx"] = graph.encode(texts, **options)
     tokens = model.tokenize([" ".join(f"w{i}" for i in range(9))])
     ids = tokens["input_ids"].repeat(2, 1)
     ids[1, -1] = ids[1, -1] + 1
@@ -39,8 +46,8 @@ def read(folder: Path) -> dict[str, Any]:
     cosines = found["plain"].astype(np.float64) @ found["plain"].astype(np.float64).T
     return {
         "difference": {
-            name: float(np.abs(value.astype(np.float64) - expected[name]).max())
-            if value.shape == expected[name].shape
+            name: float(np.abs(value.astype(np.float64) - expected[_as(name)]).max())
+            if value.shape == expected[_as(name)].shape
             else f"shape {value.shape}"
             for name, value in found.items()
         },
@@ -49,6 +56,10 @@ def read(folder: Path) -> dict[str, Any]:
         "max_seq_length": int(model.max_seq_length),
         "sees_later_tokens": bool((states[0] != states[1]).any()),
     }
+
+
+def _as(name: str) -> str:
+    return "plain" if name == "onnx" else name
 
 
 def main(root: Path) -> None:

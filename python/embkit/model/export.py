@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 import json
 import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -72,13 +73,9 @@ def export(
     work = Path(_rust.temp_path(str(out)))
     work.mkdir()
     try:
-        graphs: list[str] = []
-        if onnx or int8:
-            from embkit.model.onnx import write_onnx
-
-            graphs = write_onnx(encoder, work, int8=int8)
-        readme = cards.write(encoder, name or out.name, card or Card(), onnx=graphs).encode()
-        for file, data in {**_files(encoder), "README.md": readme}.items():
+        graphs = _graphs(encoder, int8=int8) if onnx or int8 else {}
+        readme = cards.write(encoder, name or out.name, card or Card(), onnx=list(graphs)).encode()
+        for file, data in {**_files(encoder), **graphs, "README.md": readme}.items():
             (work / file).parent.mkdir(exist_ok=True)
             _rust.publish_file(str(work / file), data)
         _rust.publish_dir(str(work), str(out))
@@ -183,6 +180,15 @@ def _files(encoder: Encoder) -> dict[str, bytes]:
         weights = {f"linear.{name}": value for name, value in layer.state_dict().items()}
         files[f"{folder}/model.safetensors"] = _safetensors(weights)
     return files
+
+
+def _graphs(encoder: Encoder, *, int8: bool) -> dict[str, bytes]:
+    """ONNX files by name: written elsewhere first, for their writers do not flush to the disk."""
+    from embkit.model.onnx import write_onnx
+
+    with tempfile.TemporaryDirectory() as scratch:
+        names = write_onnx(encoder, Path(scratch), int8=int8)
+        return {name: (Path(scratch) / name).read_bytes() for name in names}
 
 
 def _pooling(encoder: Encoder, hidden: int) -> dict[str, Any]:

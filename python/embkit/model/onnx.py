@@ -9,6 +9,7 @@ count in the mean has the first alone: the graph cannot know where a prompt ends
 from __future__ import annotations
 
 import copy
+import logging
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -179,11 +180,15 @@ def _check(graph: nn.Module, path: Path) -> None:
 def _quantise(path: Path, out: Path) -> None:
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    # The word table stays as it is: one scale for the whole of it would cost more than its bytes.
-    quantize_dynamic(
-        str(path), str(out), weight_type=QuantType.QInt8, per_channel=True,
-        op_types_to_quantize=["MatMul", "Gemm"],
-    )  # fmt: skip
+    logging.disable(logging.WARNING)  # it advises a pass that fuses nothing here
+    try:
+        # The word table stays in fp32: it is looked up, not multiplied.
+        quantize_dynamic(
+            str(path), str(out), weight_type=QuantType.QInt8, per_channel=True,
+            op_types_to_quantize=["MatMul", "Gemm"],
+        )  # fmt: skip
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def _need(*packages: str) -> None:

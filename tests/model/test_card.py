@@ -84,6 +84,17 @@ def test_card_of_a_run(make_encoder: Callable[..., Encoder], tmp_path: Path) -> 
         assert re.search(rf"{name} \d+\.\d+", text), name
 
 
+def test_card_of_a_soup_alone(make_encoder: Callable[..., Encoder], tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    report = {"select": "uniform", "kept": ["a", "b"], "weights": [0.25, 0.75], "dev": None}
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    for folder in (tmp_path, tmp_path / "model"):
+        out = export(make_encoder(), tmp_path / "out", card=find(folder))
+        text = (out / "README.md").read_text()
+        assert "average (uniform) of a (0.25), b (0.75)" in text and "On dev" not in text
+    assert find(tmp_path / "elsewhere" / "model") == Card()
+
+
 def test_card_file_says_what_the_run_cannot(
     make_encoder: Callable[..., Encoder], tmp_path: Path
 ) -> None:

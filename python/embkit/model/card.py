@@ -133,11 +133,13 @@ class Card:
 
 
 def find(model: Path | str) -> Card:
-    """The card of the run that a model directory lies in; an empty one for any other."""
+    """The card of the run or soup that a model directory lies in; an empty one for any other."""
     root = Path(model).resolve()
     for folder in (root, root.parent):
         if _is_run(folder) and (folder / "result.json").is_file():
             return Card.of_run(folder)
+        if (report := _json(folder / "report.json")).get("kept"):
+            return Card(soup=report)
     return Card()
 
 

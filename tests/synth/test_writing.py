@@ -6,6 +6,7 @@ import json
 import random
 import re
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,14 @@ from small import full_count
 
 from embkit import data
 from embkit.errors import CorruptError, UsageError
+from embkit.recipe import Llm
 from embkit.synth import (
     BackendError,
     Completion,
     Personas,
     Server,
     Write,
+    open_llm,
     prompts,
     write_queries,
 )
@@ -270,6 +273,43 @@ def test_a_dead_server_leaves_what_was_done(lm: Any, tmp_path: Path) -> None:
         assert sum(loop.seen.values()) - asked == 1 + 3 * (24 - 12)
         run()
         assert sum(loop.seen.values()) - asked == 2 + 3 * (24 - 12)  # done: only the probe
+
+
+def test_what_was_not_answered_is_asked_again_and_nothing_else(tmp_path: Path) -> None:
+    run = partial(write_queries, TEXTS[:24], out=tmp_path / "q", how=Write(shard=4))
+    broken = Fake(lambda p, s: Completion(reason="empty") if "server" in item_of(p) else good(p, s))
+    with pytest.raises(CorruptError, match=r"not answered(.|\n)*run again"):
+        run(llm=broken)
+    well = Fake(good)
+    assert run(llm=well).report["kept"] == 24 and len(well.prompts) == 4
+    whole = write_queries(TEXTS[:24], llm=Fake(good), out=tmp_path / "w", how=Write(shard=4))
+    assert tiny.tree(whole.dir) == tiny.tree(tmp_path / "q")
+
+
+def test_a_model_that_cannot_be_opened_says_why(tmp_path: Path) -> None:
+    def opened(**given: Any) -> Any:
+        return open_llm(Llm(**given))
+
+    with pytest.raises(FileNotFoundError, match="No such model directory"):
+        opened(model=str(tmp_path / "gone"))
+    with pytest.raises(UsageError, match="no config.json"):
+        opened(model=str(tmp_path))
+    (tmp_path / "small.gguf").write_bytes(b"")
+    with pytest.raises(UsageError, match="--gguf small.gguf"):
+        opened(model=str(tmp_path))
+    for given, says in (
+        ({"model": "http://localhost:1/v1", "gguf": "x"}, "that of a model in this process"),
+        ({"model": str(tmp_path), "cache": "x"}, "are those of a server"),
+        ({}, "no language model"),
+    ):
+        with pytest.raises(UsageError, match=says):
+            opened(**given)
+    if find_spec("gguf"):
+        with pytest.raises(UsageError, match=r"no file 'tiny.gguf'(.|\n)*--gguf small.gguf"):
+            opened(model=str(tmp_path), gguf="tiny.gguf")
+    else:
+        with pytest.raises(UsageError, match="pip install gguf"):
+            opened(model=str(tmp_path), gguf="tiny.gguf")
 
 
 def test_passages_from_files_records_and_memory(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from embkit.errors import CorruptError, UsageError, nearest
 from embkit.synth.llm import LLM, Completion
 from embkit.synth.parse import Invalid, read_answer
 from embkit.synth.prompts import Prompt, Step
-from embkit.synth.shards import Row, finish
+from embkit.synth.shards import Row, finish, forget
 
 _FAULTS = ("refused", "shape", "empty", "too_long")  # rows that the backend could not answer
 
@@ -85,8 +85,14 @@ def marked(text: str, prompt: Prompt) -> bool:
     )
 
 
-def check_answered(counts: Counter[str], items: int, max_rejected: float) -> str:
+def check_answered(
+    counts: Counter[str], items: int, max_rejected: float, directory: Path | None = None
+) -> str:
     """The counts in words.
+
+    Args:
+        directory: the stage's; on an error it forgets the shards with items that were not answered,
+            so that the next run asks for these again and for no others.
 
     Raises:
         CorruptError: the backend has left more than ``max_rejected`` of the items unanswered.
@@ -94,10 +100,13 @@ def check_answered(counts: Counter[str], items: int, max_rejected: float) -> str
     failed = sum(counts[reason] for reason in _FAULTS)
     said = ", ".join(f"{n} x {why}" for why, n in sorted(counts.items()))
     if failed > max_rejected * items:
+        if directory is not None:
+            forget(directory, lambda row: row["reason"] in _FAULTS)
         raise CorruptError(
             f"{failed} of {items} items were not answered, the limit is {max_rejected:.1%}"
             f" ({said}).",
-            fix="see to the server or the length of the passages, or allow more with max_rejected",
+            fix="see to the server or the length of the passages and run again, only these are "
+            "asked; or allow more with max_rejected",
         )
     return said
 

@@ -409,7 +409,7 @@ def _publish(work: Any, plan: Plan, llm: LLM, task: str, rows: list[Row], made: 
         _balance(rows, plan.shares, written)
     kept = [row for row in rows if not row["reason"]]
     counts, stays = _reasons(rows), Counter(row["label"] for row in kept)
-    said = check_answered(counts, len(rows), plan.how.max_rejected)
+    said = check_answered(counts, len(rows), plan.how.max_rejected, work.dir)
     if none := [name for name, share in plan.shares.items() if share > 0 and not stays[name]]:
         say(f"no text can be used of: {', '.join(none)} ({said})")
     if len(stays) < 2:

@@ -70,6 +70,13 @@ def run_shards(
     return rows
 
 
+def forget(directory: Path, which: Callable[[Row], bool]) -> None:
+    """Remove the shards that have such a row: they are made again in the next run."""
+    for path in sorted((directory / "shards").glob("shard-*.jsonl")):
+        if any(map(which, _read(path) or ())):
+            path.unlink()
+
+
 def finish(directory: Path) -> None:
     """Remove the shards: what they hold is in the tables now."""
     shutil.rmtree(directory / "shards", ignore_errors=True)

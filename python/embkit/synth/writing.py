@@ -203,7 +203,7 @@ def _publish(
 ) -> None:
     """Tables of what stays, and the report."""
     counts = Counter(row["reason"] or "kept" for row in rows)
-    said = check_answered(counts, len(rows), how.max_rejected)
+    said = check_answered(counts, len(rows), how.max_rejected, work.dir)
     samples: dict[str, list[Any]] = {}
     for row in rows:
         if row["reason"] and len(samples.setdefault(row["reason"], [])) < _SAMPLES:

@@ -276,13 +276,14 @@ def test_a_dead_server_leaves_what_was_done(lm: Any, tmp_path: Path) -> None:
 
 
 def test_what_was_not_answered_is_asked_again_and_nothing_else(tmp_path: Path) -> None:
-    run = partial(write_queries, TEXTS[:24], out=tmp_path / "q", how=Write(shard=4))
+    how = Write(shard=4, max_rejected=0.0)
+    run = partial(write_queries, TEXTS[:24], out=tmp_path / "q", how=how)
     broken = Fake(lambda p, s: Completion(reason="empty") if "server" in item_of(p) else good(p, s))
     with pytest.raises(CorruptError, match=r"not answered(.|\n)*run again"):
         run(llm=broken)
     well = Fake(good)
     assert run(llm=well).report["kept"] == 24 and len(well.prompts) == 4
-    whole = write_queries(TEXTS[:24], llm=Fake(good), out=tmp_path / "w", how=Write(shard=4))
+    whole = write_queries(TEXTS[:24], llm=Fake(good), out=tmp_path / "w", how=how)
     assert tiny.tree(whole.dir) == tiny.tree(tmp_path / "q")
 
 

@@ -105,8 +105,8 @@ def check_answered(
         raise CorruptError(
             f"{failed} of {items} items were not answered, the limit is {max_rejected:.1%}"
             f" ({said}).",
-            fix="see to the server or the length of the passages and run again, only these are "
-            "asked; or allow more with max_rejected",
+            fix="see to the server or the length of the passages and run again, only their "
+            "shards are asked; or allow more with max_rejected",
         )
     return said
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from embkit.bench import Case, synth_real
+from embkit.bench import Case, synth_chain, synth_real
 from embkit.synth.local import Local
 from embkit.synth.prompts import load
 from embkit.synth.score import graded, query_likelihoods
@@ -115,4 +115,4 @@ def _random_model(texts: list[str], layers: int) -> Local:
     return Local(LlamaForCausalLM(config), tokenizer, chat=False, name="random weights")
 
 
-CASES = (likelihood, grades, *synth_real.CASES)
+CASES = (likelihood, grades, *synth_real.CASES, *synth_chain.CASES)

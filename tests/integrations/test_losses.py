@@ -65,6 +65,60 @@ def test_ranking_in_every_direction_and_hardness(negatives: int, partition: str)
                 compared([loss(nn.Module(), **options) for loss in made], columns)
 
 
+@pytest.fixture
+def second_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This process is the second of two ranks; what the first one has is made of its own."""
+
+    def gather(x: Tensor) -> Tensor:
+        return torch.cat([x.detach().flip(0) * 0.5 + 0.1 * x.detach().roll(1, -1), x])
+
+    originals = "sentence_transformers.sentence_transformer.losses"
+    ours = "embkit.integrations.sentence_transformers"
+    for module in (
+        f"{originals}.multiple_negatives_ranking", f"{originals}.gist_embed",
+        f"{originals}.cached_multiple_negatives_ranking", f"{ours}.ranking", f"{ours}.guided",
+    ):  # fmt: skip
+        monkeypatch.setattr(f"{module}.all_gather_with_grad", gather)
+        monkeypatch.setattr(f"{module}.get_rank", lambda: 1)
+
+
+@pytest.mark.parametrize("partition", ["joint", "per_direction"])
+def test_ranking_gathered_over_devices(partition: str, second_rank: None) -> None:
+    columns = randn(4, 5, width=8)
+    for chosen in directions():
+        if partition == "per_direction" and set(chosen) & {"query_to_query", "doc_to_doc"}:
+            continue
+        for mode, strength in MODES:
+            options = dict(
+                directions=chosen, partition_mode=partition, hardness_mode=mode,
+                hardness_strength=strength, gather_across_devices=True,
+            )  # fmt: skip
+            made = (m.MultipleNegativesRankingLoss for m in (st, ek))
+            compared([loss(nn.Module(), **options) for loss in made], columns)
+
+
+def test_guided_and_cached_gathered_over_devices(
+    second_rank: None, make_model: Any, make_texts: Any, guides: list[Any]
+) -> None:
+    for cache in (False, True):
+        values = []
+        for m in (st, ek):
+            model = make_model()
+            if cache:
+                loss = m.CachedMultipleNegativesRankingLoss(
+                    model, mini_batch_size=3, gather_across_devices=True
+                )
+            else:
+                loss = m.GISTEmbedLoss(model, guides[0], 0.05, gather_across_devices=True)
+            value = loss([model.preprocess(make_texts(7, seed)) for seed in (0, 1, 2)], None)
+            value.backward()
+            grads = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+            values.append((value.item(), torch.cat(grads)))
+        (theirs, their_grad), (ours, our_grad) = values
+        assert ours == pytest.approx(theirs, rel=2e-5)
+        assert (our_grad - their_grad).norm() <= 2e-5 * their_grad.norm()
+
+
 def test_ranking_with_a_similarity_of_its_own() -> None:
     losses = [
         m.MultipleNegativesRankingLoss(nn.Module(), similarity_fct=dot_score, scale=1.0)

@@ -28,6 +28,7 @@ from embkit.errors import EmbkitError, UsageError, nearest
 
 GROUPS = (
     "store", "dedup", "mine", "kernels", "train", "recipes", "synth", "soup", "evaluate",
+    "adapters",
 )  # fmt: skip
 
 

@@ -29,6 +29,7 @@ from embkit.train.teachers import (
     projection_of,
     temperature_of,
 )
+from embkit.train.word_rows import rows_added, takes_rows
 
 if TYPE_CHECKING:
     from embkit.data.tables import Array
@@ -108,6 +109,9 @@ class Step:
         if config.compile:
             # Its own random numbers would differ between the passes with and without a graph.
             self._model = torch.compile(encoder, dynamic=True, options={"fallback_random": True})
+        words = encoder.backbone.get_input_embeddings()
+        whole = not (config.compile or self.weights.sharded)
+        self._words = words if whole and takes_rows(words) else None
         self._token_bytes = graph_bytes(encoder.backbone.config)
 
     def run(self, batch: Batch, clock: Clock) -> Done:
@@ -221,7 +225,8 @@ class Step:
         return e_RD, out.loss, out.per_dim
 
     def _forward(self, micro: MicroBatch) -> torch.Tensor:
-        return micro.embed(self._model)
+        with nullcontext() if self._words is None else rows_added(self._words):
+            return micro.embed(self._model)
 
     def _precision(self) -> AbstractContextManager[Any]:
         kind = _HALF.get(self.config.precision)

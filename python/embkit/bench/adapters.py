@@ -307,7 +307,7 @@ def mine(quick: bool) -> Case:
     def check(a: Any, b: Any) -> None:
         found = [set(zip(x["anchor"], x["negative"], strict=True)) for x in (a, b)]
         share = len(found[0] & found[1]) / max(map(len, found))
-        assert share > 0.9995, f"{share:.2%} of the negatives are the same"  # scores that tie
+        assert share > 0.995, f"{share:.2%} of the negatives are the same"  # scores that tie
 
     rivals = {_PEER: way(util.mine_hard_negatives)}
     skipped = {}

@@ -344,7 +344,7 @@ def _summaries(task: Any, data: Any, found: Any, main: str) -> Examples | None:
         return None
     from scipy.stats import pearsonr, spearmanr
 
-    measure: Callable[..., Any] = spearmanr if main == "cosine_spearman" else pearsonr
+    measure: Any = spearmanr if main == "cosine_spearman" else pearsonr
     pairs = list(zip(found["human_scores"], found["cosine_scores"], strict=True))
     values = np.array([float(measure(human, cosine).statistic) for human, cosine in pairs])
 

@@ -183,8 +183,8 @@ def test_noise_moves_positives_of_a_third(folder: Path, tmp_path: Path) -> None:
     assert real.noisy("wordnet", rows) == rows
 
 
-def test_both_sides_try_as_many_settings() -> None:
-    assert len(contest.GRID) == len(contest.OURS) == 6
+def test_ours_tries_no_more_settings() -> None:
+    assert len(contest.OURS) < len(contest.GRID) == 6
 
 
 def test_the_table_says_what_the_interval_says() -> None:

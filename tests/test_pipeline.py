@@ -244,3 +244,26 @@ def test_a_searched_soup_mixed_with_its_start_is_what_is_exported(
     assert best == mixed["dev"] >= result["soup"]["search"]["dev"]
     exported = json.loads((run / "model" / "embkit.json").read_text())["digest"]
     assert exported == json.loads((run / "mixed" / "model" / "embkit.json").read_text())["digest"]
+
+
+def test_an_export_may_differ_as_the_encoder_does_from_itself(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A deep model's float32 rounding is above 2e-6; another model's difference is above that."""
+
+    class Rounded:
+        prompts = {"passage": ""}
+        max_length = {"query": 8, "passage": 8}
+
+        def encode(self, texts: list[str], **_: object) -> np.ndarray:
+            return np.full((len(texts), 2), 3e-5 if len(texts) > 1 else 0.0)
+
+    found: dict[float, bool] = {}
+    for difference in (1e-6, 1.6e-5, 1e-3):
+        monkeypatch.setattr("embkit.model.check_export", lambda *_, d=difference: d)
+        said = pipeline._checked(Rounded(), tmp_path, ["a", "b"])  # type: ignore[arg-type]
+        assert said["max_abs_difference"] == difference
+        found[difference] = difference <= said["limit"]
+    assert found == {1e-6: True, 1.6e-5: True, 1e-3: False}
+    monkeypatch.setattr("embkit.model.check_export", lambda *_: None)
+    assert pipeline._checked(Rounded(), tmp_path, ["a"])["max_abs_difference"] is None  # type: ignore[arg-type]

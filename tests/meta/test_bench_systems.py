@@ -14,6 +14,7 @@ import pytest
 import zstandard
 
 from embkit import recipe
+from embkit.bench import recipes_causal as causal
 from embkit.bench import recipes_peer
 from embkit.bench import recipes_systems as systems
 from embkit.bench import recipes_systems_data as folders
@@ -213,3 +214,72 @@ def test_recipes_of_the_systems_change_sizes_and_names_alone(tmp_path: Path) -> 
         assert {p.weight for p in loaded.finetune.parts} == {
             p.weight for p in paper.finetune.parts
         }, name
+
+
+def test_small_sets_for_a_large_model(tmp_path: Path) -> None:
+    whole = tmp_path / "whole"
+
+    def lines(path: str, rows: list[dict[str, Any]]) -> None:
+        (whole / path).parent.mkdir(parents=True, exist_ok=True)
+        (whole / path).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    for name in folders.SHORT:
+        pairs = [{"query": f"q{i}", "positive": f"p{i}"} for i in range(300)]
+        lines(f"train/{name}.jsonl", pairs)
+        for split in ("dev", "test"):
+            place = f"{split}/retrieval/{name}"
+            lines(f"{place}/corpus.jsonl", [{"_id": str(i), "text": f"x{i}"} for i in range(400)])
+            lines(f"{place}/queries.jsonl", [{"_id": f"q{i}", "text": f"y{i}"} for i in range(60)])
+            right = [
+                {"query_id": f"q{i}", "corpus_id": str(399 - i), "score": 1} for i in range(60)
+            ]
+            lines(f"{place}/qrels.jsonl", right)
+            same = [{"sentence1": f"a{i}", "sentence2": "b", "score": i} for i in range(60)]
+            lines(f"{split}/sts/stsb.jsonl", same)
+    out = folders.short(whole, tmp_path / "out")
+    assert {p.stem: len(read_jsonl(p)) for p in (out / "train").iterdir()} == dict.fromkeys(
+        folders.SHORT, 160
+    )
+    for split, asked in (("dev", 12), ("test", 48)):
+        found = retrieval(out / split)
+        assert [s.split("/")[1] for s in found] == sorted(folders.SHORT)
+        for held in found.values():
+            assert (len(held.queries), len(held.corpus)) == (asked, 2 * asked)
+            for query, answers in zip(held.queries, held.judged, strict=True):
+                assert [held.corpus[i] for i in answers] == [f"x{399 - int(query[1:])}"]
+        assert len(read_jsonl(out / split / "sts" / "stsb.jsonl")) == asked
+
+
+def test_a_model_stands_beside_its_own_start(bench: systems.Bench) -> None:
+    ours = bench.ours(3)
+    one = systems.Bench(bench.home.parent, bench.data, replace(bench.system, seeds=(3,)))
+    one.home = bench.home
+    case = causal.row(one)
+    result = json.loads((bench.home / "ours-3" / "result.json").read_text())
+    types = result["scores"]["test"]["untrained"]["types"]
+    (peer,) = case.rivals
+    assert case.name == "recipes.gemini-smollm2" and peer == "before training"
+    assert case.rivals[peer]().value == pytest.approx(
+        np.mean([by["16"] for by in types.values()]), abs=0.3
+    )
+    assert case.ours().value == pytest.approx(np.mean(list(ours["scores"]["16"].values())))
+    assert case.facts["before"] == [ours["before"]]
+
+
+def test_a_real_model_is_named_in_the_recipe_and_decides_the_folder(
+    bench: systems.Bench, tmp_path: Path
+) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    made = systems.Bench(tmp_path, bench.data, causal.SYSTEM, model=tmp_path / "model")
+    chosen = recipe.load(made.recipe(0))
+    assert chosen.model.path == str(tmp_path / "model")
+    assert chosen.model.bidirectional and chosen.model.new_head and not chosen.mix.on
+    assert chosen.model.pooling == "mean" and chosen.finetune.loss.form == "gemini-v2"
+    (tmp_path / "model" / "config.json").write_text("{ }")
+    again = systems.Bench(tmp_path, bench.data, causal.SYSTEM, model=tmp_path / "model")
+    assert again.home != made.home
+    by_kind = {"types": {"retrieval": {"96": 1.0, "384": 2.0}}}
+    names = ("start", "pre-finetuned", "fine-tuned 0")
+    result = {"dims": [384, 96], "scores": {"test": dict.fromkeys(names, by_kind)}}
+    assert systems.before(result) == dict.fromkeys(names, {"retrieval": 2.0})

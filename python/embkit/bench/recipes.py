@@ -8,6 +8,11 @@ queries again. Rows share cells, and cells are kept (:mod:`embkit.bench.recipes_
 
 from __future__ import annotations
 
-from embkit.bench import recipes_ablations, recipes_quality, recipes_systems
+from embkit.bench import recipes_ablations, recipes_causal, recipes_quality, recipes_systems
 
-CASES = (*recipes_ablations.CASES, *recipes_quality.CASES, *recipes_systems.CASES)
+CASES = (
+    *recipes_ablations.CASES,
+    *recipes_quality.CASES,
+    *recipes_systems.CASES,
+    *recipes_causal.CASES,
+)

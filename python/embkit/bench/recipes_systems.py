@@ -143,15 +143,18 @@ def systems() -> dict[str, System]:
 class Bench:
     """Runs of a system and of its peer in one folder, and their scores."""
 
-    def __init__(self, home: Path, data: Path, system: System, *, tokenizer: Path | None = None):
-        self.data, self.system, self.tokenizer = data, system, tokenizer
+    def __init__(
+        self, home: Path, data: Path, system: System, *,
+        tokenizer: Path | None = None, model: Path | None = None,
+    ) -> None:  # fmt: skip
+        self.data, self.system, self.tokenizer, self.model = data, system, tokenizer, model
         self.home = home / f"{system.recipe}-{system.data}-{self._digest()[:8]}"
 
     def _digest(self) -> str:
         from embkit.stage import digest_of
 
         parts = [_VERSION, self.system.table, digest_of(self.data)]
-        parts += [digest_of(self.tokenizer)] if self.tokenizer else []
+        parts += [digest_of(path) for path in (self.tokenizer, self.model) if path]
         return _rust.blake3(json.dumps(parts, sort_keys=True).encode())
 
     def recipe(self, seed: int) -> Path:
@@ -169,6 +172,8 @@ class Bench:
         table["model"]["seed"] = table["prefinetune"]["seed"] = seed
         if self.tokenizer is not None:
             table["tokenizer"]["path"] = str(self.tokenizer)
+        if self.model is not None:
+            table["model"]["path"] = str(self.model)
         path = self.home / f"recipe-{seed}.toml"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(tomli_w.dumps(table), "utf-8")
@@ -301,7 +306,7 @@ def before(result: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     """Scores by kind at the full width of the models that came before the exported one."""
     scores = result["scores"]["test"]
     width = str(max(result["dims"]))
-    names = ("untrained", "pre-finetuned", "fine-tuned 0")
+    names = ("start" if "start" in scores else "untrained", "pre-finetuned", "fine-tuned 0")
     return {
         name: {kind: by_width[width] for kind, by_width in scores[name]["types"].items()}
         for name in names
@@ -413,7 +418,7 @@ def bench_of(system: System) -> Bench:
     return Bench(home, data, system, tokenizer=tokenizer)
 
 
-def _demo(system: System) -> Bench:
+def demo(system: System) -> Bench:
     """The recipe's small form on the demo data, for a few steps."""
     few: dict[str, Any] = {"steps": 3, "batch_size": 32}
     table = {
@@ -432,7 +437,7 @@ def _demo(system: System) -> Bench:
 
 def _maker(name: str, system: System) -> Callable[[bool], Case]:
     def make(quick: bool) -> Case:
-        bench = _demo(system) if quick else bench_of(system)
+        bench = demo(system) if quick else bench_of(system)
         rival = bench_of(systems()[system.peer]) if system.peer and not quick else None
         case = row(name, bench, rival)
         if quick:

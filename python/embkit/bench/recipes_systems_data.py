@@ -24,6 +24,7 @@ _PAIRS = 6000
 _DEV_CORPUS = 300  # passages of a set of dev/, which is scored often
 THREE = ("de", "fr", "ja")
 LABELS = ("trec6", "snips")
+SHORT = ("debian_desc", "tldr_code")
 
 
 def english(real: Path, whole: Path, out: Path) -> Path:
@@ -44,6 +45,40 @@ def english(real: Path, whole: Path, out: Path) -> Path:
             shutil.copytree(whole / "dev" / place, held / place)
 
     return _build(f"english, {_PAIRS} pairs a task", out, [whole], make)
+
+
+def short(whole: Path, out: Path) -> Path:
+    """160 pairs of each of two tasks of ``whole`` (:func:`english`) and small held-out sets, for a
+    model whose steps take many seconds: 48 queries on 96 passages a task, 48 pairs of STS-B."""
+    params = {"version": _VERSION, "name": "short"}
+    with stage(out, name="systems-data", params=params, inputs=[whole]) as work:
+        if work.done:
+            return out
+        for name in SHORT:
+            rows = read_jsonl(whole / "train" / f"{name}.jsonl")
+            write(work.dir / "train" / f"{name}.jsonl", rows[:160])
+        for split, asked in (("dev", 12), ("test", 48)):
+            for name in SHORT:
+                place = Path(split) / "retrieval" / name
+                _fewer(whole / place, work.dir / place, asked)
+            rows = read_jsonl(whole / split / "sts" / "stsb.jsonl")
+            write(work.dir / split / "sts" / "stsb.jsonl", rows[:asked])
+        work.publish()
+    return out
+
+
+def _fewer(held: Path, out: Path, asked: int) -> None:
+    """The first queries of a set, on twice as many passages."""
+    queries = read_jsonl(held / "queries.jsonl")[:asked]
+    known = {row["_id"] for row in queries}
+    judged = [row for row in read_jsonl(held / "qrels.jsonl") if row["query_id"] in known]
+    right = {row["corpus_id"] for row in judged}
+    corpus = read_jsonl(held / "corpus.jsonl")
+    others = [row["_id"] for row in corpus if row["_id"] not in right]
+    kept = right | set(others[: max(0, 2 * asked - len(right))])
+    write(out / "queries.jsonl", queries)
+    write(out / "qrels.jsonl", judged)
+    write(out / "corpus.jsonl", (row for row in corpus if row["_id"] in kept))
 
 
 def chinese(real: Path, out: Path) -> Path:

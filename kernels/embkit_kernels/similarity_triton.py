@@ -210,7 +210,8 @@ def topk(q: Tensor, p: Tensor, dims: Sequence[int], k: int, columns: int) -> tup
     product = _tiles(q, dims)
     height = _up(q.shape[0], product["BLOCK_M"])
     width = _up(min(columns, p.shape[0]), max(product["BLOCK_N"], tiles["BLOCK"]))
-    workspace = q.new_empty(len(dims), height, width, dtype=torch.float32)
+    # Zeros, because columns beyond the product's last tile are read before they are left out.
+    workspace = q.new_zeros(len(dims), height, width, dtype=torch.float32)
     for first in range(0, p.shape[0], columns):
         block = p[first : first + columns]
         _product(q, block, a, b[:, first:], dims, workspace, whole=True)

@@ -68,6 +68,18 @@ def add_arrow(size: int) -> Call:
     return lambda progress: _rust.RecordsBuilder().add_arrow(rows, "s", "t", progress=progress)
 
 
+def text_ids(size: int) -> Call:
+    one = shard(100_000 * size, 60)
+    return lambda progress: _rust.text_ids([one], threads=1, progress=progress)
+
+
+def first_fit(size: int) -> Call:
+    n = 200_000 * size
+    keys = np.random.default_rng(4).integers(0, n // 4, 2 * n).astype(np.uint64)
+    rows = np.arange(n, dtype=np.uint64)
+    return lambda progress: _rust.first_fit(keys, 2, rows, 64, progress=progress)
+
+
 def near_duplicates(size: int) -> Call:
     one = shard(1000 * size, 60)
     return lambda progress: _rust.near_duplicates([one], threads=1, progress=progress)
@@ -174,6 +186,7 @@ CASES: dict[str, Callable[[int], Call]] = {
     "RecordsBuilder.add_lines": add_lines,
     "compose_store": compose_store,
     "exact_duplicates": exact_duplicates,
+    "first_fit": first_fit,
     "near_matches": near_matches,
     "contamination": contamination,
     "NegativeFilter.run": filter_negatives,
@@ -182,6 +195,7 @@ CASES: dict[str, Callable[[int], Call]] = {
     "Ivf.search": ivf_search,
     "merge_rows": merge_rows,
     "near_duplicates": near_duplicates,
+    "text_ids": text_ids,
     "tokenize": tokenize,
     "topk": topk,
 }

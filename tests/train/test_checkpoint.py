@@ -298,12 +298,12 @@ def test_the_commands_forget_a_run_when_told(
         cli.prefinetune(
             store.path, tmp_path / "pre", model=str(tiny_model), set_=changed, fresh=fresh
         )
-        return (tmp_path / "pre" / "manifest.json").stat().st_ino
+        return (tmp_path / "pre" / "manifest.json").stat().st_mtime_ns
 
     def fine(*, fresh: bool = False) -> int:
         changed = [f"finetune.{s}" for s in (*settings, "hard_negatives=0")]
         cli.finetune(tiny_model, store.path, tmp_path / "fine", set_=changed, fresh=fresh)
-        return (tmp_path / "fine" / "manifest.json").stat().st_ino
+        return (tmp_path / "fine" / "manifest.json").stat().st_mtime_ns
 
     for verb in (pre, fine):
         first = verb()

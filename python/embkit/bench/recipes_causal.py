@@ -11,12 +11,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from functools import partial
 from typing import Any
 
 from embkit.bench import Case, llm
 from embkit.bench import recipes_systems_data as folders
-from embkit.bench.recipes_rows import case_of, found
-from embkit.bench.recipes_systems import Bench, System, bench_of, demo, systems
+from embkit.bench.recipes_systems import Bench, System, bench_of, compared, demo, systems
 
 _STEPS = {"batch_size": 32, "warmup_ratio": 0.25}
 
@@ -61,25 +61,10 @@ def start(of: Bench, seed: int) -> dict[str, Any]:
 
 def row(of: Bench) -> Case:
     """The exported model beside the one before training, on what was held out."""
-    ours = [of.ours(seed) for seed in of.system.seeds]
-    before = [start(of, seed) for seed in of.system.seeds]
-    full, narrow = (f(map(int, ours[0]["scores"])) for f in (max, min))
-    kinds = tuple(ours[0]["scores"][str(full)])
-    facts = {
-        "recipe": f"{of.system.recipe}-small", "on": of.system.data, "kinds": list(kinds),
-        "table": dict(of.system.table),
-        "cpu_by_stage": ours[0]["stages"],
-        "cpu": [o["cpu"] for o in ours],
-        "before": [o["before"] for o in ours],
-        "sets": {"embkit": [o["sets"] for o in ours], "start": [b["sets"] for b in before]},
-        "narrow": {
-            "width": narrow,
-            "embkit": found(ours, dim=narrow, kinds=kinds).kinds,
-            "start": found(before, dim=narrow, kinds=kinds).kinds,
-        },
-    }  # fmt: skip
-    a, b = found(ours, kinds=kinds), found(before, kinds=kinds)
-    return case_of("recipes.gemini-smollm2", a, b, "before training", facts)
+    ours, before = [
+        [run(seed) for seed in of.system.seeds] for run in (of.ours, partial(start, of))
+    ]
+    return compared("gemini-smollm2", of, ours, before, "before training", {})
 
 
 def gemini_smollm2(quick: bool) -> Case:

@@ -51,7 +51,6 @@ class System:
         pre: tasks of the pre-finetuning. fine, sts, labels: of the fine-tuning, by kind, for
             sentence-transformers (:func:`embkit.bench.recipes_peer.export`).
         vocabulary: "xlm-r" for that of a real model, cut to the pieces that the data use.
-        peer: the system on the same data whose runs of sentence-transformers stand beside this one.
     """
 
     recipe: str
@@ -62,7 +61,6 @@ class System:
     sts: tuple[str, ...] = ()
     labels: tuple[str, ...] = ()
     vocabulary: str = ""
-    peer: str = ""
     seeds: tuple[int, ...] = field(default=_SEEDS)
 
 
@@ -128,7 +126,7 @@ def systems() -> dict[str, System]:
     }
     return {
         "gecko": System(recipe="gecko", data="english", table=gecko, **english),
-        "gemini": System(recipe="gemini", data="english", table=gemini, peer="gecko", **english),
+        "gemini": System(recipe="gemini", data="english", table=gemini, **english),
         "conan": System(
             recipe="conan", data="chinese", table=conan, pre=(*chinese, "debian"), fine=chinese,
             sts=("stsb",), labels=("tnews",),
@@ -313,32 +311,41 @@ def before(result: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     }
 
 
-def row(name: str, bench: Bench, rival: Bench | None = None) -> Case:
-    """The row of a system; sentence-transformers in ``rival``'s runs, where it has none."""
+def row(name: str, bench: Bench) -> Case:
+    """The row of a system beside sentence-transformers."""
     from embkit.bench.rivals import interpreter
 
     interpreter()  # says what to do where there is none
     seeds = bench.system.seeds
-    ours = [bench.ours(seed) for seed in seeds]
-    theirs = [(rival or bench).peer(seed) for seed in seeds]
+    ours, theirs = [[run(seed) for seed in seeds] for run in (bench.ours, bench.peer)]
+    more = {"peer_cpu": [t["cpu"] for t in theirs], "peer_steps": theirs[0]["steps"]}
+    return compared(name, bench, ours, theirs, "sentence-transformers", more)
+
+
+def compared(
+    name: str,
+    bench: Bench,
+    ours: list[dict[str, Any]],
+    theirs: list[dict[str, Any]],
+    peer: str,
+    more: Mapping[str, Any],
+) -> Case:
+    """Our runs of some seeds beside others, at the full width and, among the facts, the narrow."""
     kinds = tuple(ours[0]["scores"][max(ours[0]["scores"], key=int)])
     narrow = min(map(int, ours[0]["scores"]))
+    both = {"embkit": ours, peer: theirs}
     facts = {
         "recipe": f"{bench.system.recipe}-small", "on": bench.system.data, "kinds": list(kinds),
         "table": dict(bench.system.table),
         "cpu_by_stage": ours[0]["stages"],
-        "cpu": {"embkit": [o["cpu"] for o in ours], "peer": [t["cpu"] for t in theirs]},
-        "peer_steps": theirs[0]["steps"],
+        "cpu": [o["cpu"] for o in ours],
         "before": [o["before"] for o in ours],
-        "sets": {"embkit": [o["sets"] for o in ours], "peer": [t["sets"] for t in theirs]},
-        "narrow": {
-            "width": narrow,
-            "embkit": found(ours, dim=narrow, kinds=kinds).kinds,
-            "peer": found(theirs, dim=narrow, kinds=kinds).kinds,
-        },
+        "sets": {who: [one["sets"] for one in runs] for who, runs in both.items()},
+        "narrow": {"width": narrow}
+        | {who: found(runs, dim=narrow, kinds=kinds).kinds for who, runs in both.items()},
     }  # fmt: skip
-    a, b = found(ours, kinds=kinds), found(theirs, kinds=kinds)
-    return case_of(f"recipes.{name}", a, b, "sentence-transformers", facts)
+    a, b = (found(runs, kinds=kinds) for runs in both.values())
+    return case_of(f"recipes.{name}", a, b, peer, {**facts, **more})
 
 
 # ---------------------------------------------------------------- data and vocabulary
@@ -438,8 +445,7 @@ def demo(system: System) -> Bench:
 def _maker(name: str, system: System) -> Callable[[bool], Case]:
     def make(quick: bool) -> Case:
         bench = demo(system) if quick else bench_of(system)
-        rival = bench_of(systems()[system.peer]) if system.peer and not quick else None
-        case = row(name, bench, rival)
+        case = row(name, bench)
         if quick:
             case.close = lambda: shutil.rmtree(bench.home.parent, ignore_errors=True)
         return case

@@ -89,8 +89,8 @@ class Cell:
         start: "random", "pre", or "pre-FORM", pre-finetuned on that form of the store. mined:
             whether negatives are mined.
         widths: trained in place of the plan's. dims: scored; the full width when empty.
-        budget: CPU seconds for tokenization and training, whose steps are then set by a probe; 0
-            takes the steps of the settings.
+        budget: CPU seconds for tokenization and training, whose steps are then set by a probe,
+            unless the settings say them; 0 takes the steps of the settings.
         soup: seeds whose runs are averaged, with no training of its own.
         peer: settings of sentence-transformers in place of ``train``.
         split: whose sets are scored.
@@ -311,8 +311,9 @@ class World:
         begin, spent, about = self.start(cell.start), 0.0, {"before": 0.0}
         if cell.budget:
             spent = about["before"] = self.tokenizing()
-            settings["steps"], *earlier = self.steps(cell)
-            first |= {"steps": earlier[0]} if earlier else {}
+            if "steps" not in cell.train:
+                settings["steps"], *earlier = self.steps(cell)
+                first |= {"steps": earlier[0]} if earlier else {}
         if first:
             first.pop("share")
             before = out.with_name(out.name + "-first")
@@ -395,7 +396,9 @@ class World:
 
     def _peer(self, cell: Cell, out: Path) -> dict[str, Any]:
         """Train with sentence-transformers."""
-        settings = {**dict(cell.peer or {}), "steps": self.steps(cell)[0], "seed": cell.seed}
+        settings = {**dict(cell.peer or {}), "seed": cell.seed}
+        if "steps" not in settings:
+            settings["steps"] = self.steps(cell)[0]
         used, _ = self._trained_by_peer(cell, settings, out)
         return {"cpu": round(used, 2), "steps": settings["steps"]}
 

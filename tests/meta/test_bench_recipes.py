@@ -230,3 +230,28 @@ def test_settings_of_every_row_are_settings() -> None:
         made = build(Train, settings, "cell")
         parts = [part.hard_negatives for part in made.parts]
         assert cell.mined == any([made.hard_negatives, *parts])
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_the_chosen_settings_keep_their_budget(
+    world: World, monkeypatch: pytest.MonkeyPatch, first: bool
+) -> None:
+    """Whole runs that cost a quarter more than the probe said get fewer steps, in both stages."""
+    seen: list[int] = []
+
+    def train(
+        self: World, cell: Cell, settings: Any, out: Path, begin: Path, **_: Any
+    ) -> tuple[float, float]:
+        seen.append(settings["steps"])
+        step = 0.1 if settings["steps"] == PROBE else 0.125
+        return 0.5 + step * (settings["steps"] - 1), 0.5
+
+    monkeypatch.setattr(World, "_train", train)
+    settings: dict[str, Any] = {"lr": 0.25, "first": {"share": 0.5}} if first else {"lr": 0.25}
+    cell = Cell(train=settings, mined=False, start="random", budget=60.0)
+    hopeful = world.trained(cell)[1]
+    assert hopeful["cpu"] > 70
+    seen.clear()
+    found = world.trained(contest.kept(world, cell))[1]
+    assert found["cpu"] == pytest.approx(60, rel=0.01)
+    assert sum(seen[-2:] if first else seen[-1:]) == found["steps"] < hopeful["steps"]

@@ -51,6 +51,7 @@ class System:
         pre: tasks of the pre-finetuning. fine, sts, labels: of the fine-tuning, by kind, for
             sentence-transformers (:func:`embkit.bench.recipes_peer.export`).
         vocabulary: "xlm-r" for that of a real model, cut to the pieces that the data use.
+        runs: of the fine-tuning, for the soup.
     """
 
     recipe: str
@@ -62,6 +63,7 @@ class System:
     labels: tuple[str, ...] = ()
     vocabulary: str = ""
     seeds: tuple[int, ...] = field(default=_SEEDS)
+    runs: int = 1
 
 
 def _even(names: tuple[str, ...], share: float = 1.0) -> dict[str, float]:
@@ -95,6 +97,15 @@ def systems() -> dict[str, System]:
         "mine": {"candidates": 64},
         "finetune": longer,
         "mix": {"candidates": 3, "steps": 15, "alone": 15},
+    }
+    shares = {**_even(english["fine"], 0.5), **_even(folders.LABELS, 0.2), "stsb": 0.3}
+    conan_v2 = {
+        **common,
+        "tasks": {
+            **_OTHER,
+            **dict.fromkeys(folders.LABELS, {"convert": {"rule": "classes", "negatives": 40}}),
+        },
+        "finetune": {**longer, "tasks": shares, "batch_sizes": {"stsb": 256}},
     }
     chinese = ("cmrc", "drcd", "snli", "ocnli")
     conan = {
@@ -131,6 +142,13 @@ def systems() -> dict[str, System]:
             recipe="conan", data="chinese", table=conan, pre=(*chinese, "debian"), fine=chinese,
             sts=("stsb",), labels=("tnews",),
         ),
+        "conan-v2": System(recipe="conan-v2", data="english", table=conan_v2, **english),
+        "qwen3": System(
+            recipe="qwen3", data="english", table={**common, "finetune": longer}, runs=2, **english
+        ),
+        "embedding-gemma": System(
+            recipe="embedding-gemma", data="english", table=gemini, **english
+        ),
         "gecko-three": System(
             recipe="gecko", data="three", table=three, pre=described,
             fine=(*described, "jaquad", "bitext"), vocabulary="xlm-r",
@@ -165,7 +183,7 @@ class Bench:
             "name": f"{self.system.recipe} on {self.system.data}",
             "data": {"path": str(self.data)},
             "evaluate": {"bm25": False},
-            "runs": [{"seed": seed}],
+            "runs": [{"seed": seed + 10 * i} for i in range(self.system.runs)],
         }
         table["model"]["seed"] = table["prefinetune"]["seed"] = seed
         if self.tokenizer is not None:

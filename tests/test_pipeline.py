@@ -17,6 +17,7 @@ import pytest
 from small import TINY, full_count, write_jsonl
 
 from embkit import pipeline
+from embkit.pipeline.results import checked
 
 WIDTHS = (40, 24, 8)
 
@@ -261,9 +262,9 @@ def test_an_export_may_differ_as_the_encoder_does_from_itself(
     found: dict[float, bool] = {}
     for difference in (1e-6, 1.6e-5, 1e-3):
         monkeypatch.setattr("embkit.model.check_export", lambda *_, d=difference: d)
-        said = pipeline._checked(Rounded(), tmp_path, ["a", "b"])  # type: ignore[arg-type]
+        said = checked(Rounded(), tmp_path, ["a", "b"])  # type: ignore[arg-type]
         assert said["max_abs_difference"] == difference
         found[difference] = difference <= said["limit"]
     assert found == {1e-6: True, 1.6e-5: True, 1e-3: False}
     monkeypatch.setattr("embkit.model.check_export", lambda *_: None)
-    assert pipeline._checked(Rounded(), tmp_path, ["a"])["max_abs_difference"] is None  # type: ignore[arg-type]
+    assert checked(Rounded(), tmp_path, ["a"])["max_abs_difference"] is None  # type: ignore[arg-type]

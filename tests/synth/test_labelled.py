@@ -16,7 +16,8 @@ import tiny
 from fake import Fake
 from killing import attempt
 
-from embkit import cli_llm, data
+from embkit import data
+from embkit.cli import llm as cli_llm
 from embkit.errors import CorruptError, UsageError
 from embkit.synth import Completion, Labelled, prompts, write_labelled
 from embkit.synth.labelled import apportion

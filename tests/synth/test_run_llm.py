@@ -23,7 +23,7 @@ from embkit import data, pipeline, recipe
 from embkit.data import Store
 from embkit.errors import UsageError
 from embkit.mine import load_negatives
-from embkit.pipeline_llm import asking
+from embkit.pipeline.llm import asking
 from embkit.recipe import JudgeStage, LabelledTask, RelabelStage, Synth
 from embkit.synth import BackendError, Judge, Labelled, Relabel, Write
 

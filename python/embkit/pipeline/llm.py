@@ -1,4 +1,4 @@
-"""Stages of `embkit run` that ask a language model: synth, judge, relabel; and what they will cost.
+"""Stages of `embkit run` that ask a language model: synth, judge, relabel.
 
 The model is opened when a stage has something to ask, and forgotten after it: a run goes on without
 the server that has written its data, and trains without the model in memory.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +19,6 @@ if TYPE_CHECKING:
     from embkit.data import Records, Store
     from embkit.data.sources import Source
     from embkit.synth import Labelled, Write
-    from embkit.synth.prompts import Step
 
 STAGES = ("synth", "judge", "relabel")
 
@@ -77,10 +75,10 @@ class Asking:
         for name in recipe.synth.labelled:
             self._labelled(name)
         if recipe.judge.on:
-            for prompt in _settings(Judge, recipe.judge).prompts:
+            for prompt in settings(Judge, recipe.judge).prompts:
                 load(prompt).graded  # noqa: B018  a wrong one raises
         if recipe.relabel.on:
-            how_relabel = _settings(Relabel, recipe.relabel)
+            how_relabel = settings(Relabel, recipe.relabel)
             load(how_relabel.likelihood)
             load(how_relabel.relevance).graded  # noqa: B018
             if LOGLIKELIHOOD not in self.llm.capabilities:
@@ -131,8 +129,8 @@ class Asking:
         from embkit.synth import Judge, judge
 
         kinds = {task["name"]: task["kind"] for task in records.manifest["tasks"]}
-        tasks = self.recipe.judge.tasks or tuple(_plain(self.recipe, kinds))
-        how = _settings(Judge, self.recipe.judge, tasks=tasks)
+        tasks = self.recipe.judge.tasks or tuple(plain_tasks(self.recipe, kinds))
+        how = settings(Judge, self.recipe.judge, tasks=tasks)
         done = judge(records, llm=self.llm, out=self.out / "judged", how=how)
         self.llm.release()
         return done
@@ -152,7 +150,7 @@ class Asking:
         from embkit.mine.carry import carry
         from embkit.synth import Relabel, relabel
 
-        how = _settings(Relabel, self.recipe.relabel, tasks=tuple(tasks))
+        how = settings(Relabel, self.recipe.relabel, tasks=tuple(tasks))
         chosen = relabel(
             records, model=embedder, llm=self.llm, out=self.out / "relabelled", how=how
         )
@@ -180,7 +178,7 @@ class Asking:
     def _write(self) -> Write:
         from embkit.synth import Write
 
-        return _settings(Write, self.recipe.synth)
+        return settings(Write, self.recipe.synth)
 
     def _labelled(self, name: str) -> Labelled:
         from embkit.synth import Labelled
@@ -189,7 +187,7 @@ class Asking:
 
         task = self.recipe.synth.labelled[name]
         lists = {n: read_lines(path) for n, path in task.lists.items()}
-        how = _settings(Labelled, task, lists=lists)
+        how = settings(Labelled, task, lists=lists)
         Plan(how)  # checks labels, lists and controls
         return how
 
@@ -200,7 +198,7 @@ class Asking:
         return None if path is None else Personas.read(path)
 
 
-def _settings(kind: Any, section: Any, **more: Any) -> Any:
+def settings(kind: Any, section: Any, **more: Any) -> Any:
     """A stage's settings from a section of the recipe, whose names are the same."""
     names = {field.name for field in dataclasses.fields(kind)}
     given = {
@@ -211,175 +209,10 @@ def _settings(kind: Any, section: Any, **more: Any) -> Any:
     return kind(**{**given, **more})
 
 
-def _plain(recipe: Recipe, kinds: Mapping[str, str]) -> list[str]:
+def plain_tasks(recipe: Recipe, kinds: Mapping[str, str]) -> list[str]:
     """The retrieval tasks that are no converted labelled sets: pairs that can be relevant."""
     return [
         name
         for name, kind in kinds.items()
         if kind == "retrieval" and not recipe.tasks.get(name, Task()).convert.on
     ]
-
-
-# ---------------------------------------------------------------- costs
-
-
-@dataclasses.dataclass
-class Cost:
-    """Requests and tokens of a stage, four bytes a token; answers as long as they may be."""
-
-    requests: float = 0.0
-    read: float = 0.0
-    written: float = 0.0
-
-    def ask(self, step: Step, times: float, texts: float, *, answers: int = 0) -> None:
-        """Add a step asked ``times``, with ``texts`` bytes of data in each.
-
-        Args:
-            answers: labels that are scored in the place of an answer that is written.
-        """
-        shown = len(step.render(_Blank()).encode()) + texts
-        each = times * max(answers, 1)
-        self.requests += each
-        self.read += each * shown / 4
-        self.written += 0 if answers else each * step.max_tokens
-
-    def __str__(self) -> str:
-        return (
-            f"at most {self.requests:,.0f} requests, {self.read:,.0f} tokens to read, "
-            f"{self.written:,.0f} to write"
-        )
-
-
-class _Blank(dict[str, str]):
-    """Every variable is there, and empty."""
-
-    def __contains__(self, key: object) -> bool:
-        return True
-
-    def __missing__(self, key: str) -> str:
-        return ""
-
-
-def costs(recipe: Recipe, files: Sequence[str], out: Path) -> list[str]:
-    """A line for each stage that asks a language model: what it will ask, at the most.
-
-    Args:
-        files: of train/. out: the run directory; records that are there are counted, else the
-            files are read.
-    """
-    from embkit import data
-
-    lines = []
-    queries = 0
-    if recipe.synth.passages is not None:
-        cost, queries = _cost_of_queries(recipe)
-        lines.append(f"synth, {recipe.synth.task}: {queries:,} queries; {cost}")
-    for name, task in recipe.synth.labelled.items():
-        lines.append(f"synth, {name}: {task.examples:,} texts; {_cost_of_texts(recipe, name)}")
-    if not (recipe.judge.on or recipe.relabel.on):
-        return lines
-    with tempfile.TemporaryDirectory() as scratch:
-        records = next(
-            (
-                data.Records.open(out / name)
-                for name in ("filtered", "clean", "records")
-                if (out / name / "manifest.json").is_file()
-            ),
-            None,
-        )
-        if records is not None:
-            queries = 0  # they are among these
-        elif files:
-            made = written_tasks(recipe)
-            tasks = {name: task for name, task in recipe.tasks.items() if name not in made}
-            found = data.read(list(files), max_rejected=recipe.data.max_rejected, tasks=tasks)
-            records = found.save(Path(scratch) / "records")
-        pairs = _Pairs(records, recipe, queries)
-        if recipe.judge.on:
-            lines.append(f"judge: {pairs.judged:,} pairs; {pairs.judge()}")
-        if recipe.relabel.on:
-            n = recipe.relabel.candidates
-            lines.append(
-                f"relabel: {pairs.relabelled:,} queries with {n} passages; {pairs.relabel()}"
-            )
-    return lines
-
-
-def _cost_of_queries(recipe: Recipe) -> tuple[Cost, int]:
-    from embkit.synth.passages import read_passages
-    from embkit.synth.prompts import load
-
-    s = recipe.synth
-    texts, _, _ = read_passages(Path(str(s.passages)))
-    taken = min(s.sample or len(texts), len(texts))
-    items = taken * s.per_passage
-    size = sum(len(text.encode()) for text in texts) / len(texts)
-    cost = Cost()
-    for step in load(s.prompt).steps:
-        cost.ask(step, items, size)
-    if s.rater is not None:
-        step = load(s.rater).graded
-        cost.ask(step, items, size, answers=len(step.labels))
-    return cost, items
-
-
-def _cost_of_texts(recipe: Recipe, name: str) -> Cost:
-    from embkit.synth import Labelled
-    from embkit.synth.labelled import Plan
-
-    task = recipe.synth.labelled[name]
-    plan = Plan(_settings(Labelled, task, lists={n: ("",) for n in task.lists}))
-    cost = Cost()
-    entries: dict[str, int] = {}
-    for listing in plan.prompt.lists:
-        above = plan.parent(listing)
-        calls = listing.calls * entries.get(above, 1)
-        entries[listing.name] = calls * max(1, round(listing.items * listing.tail))
-        if listing.name not in plan.given:
-            cost.ask(listing, calls, 0)
-    for step in plan.prompt.steps:
-        cost.ask(step, plan.requests, 100)
-    if plan.how.judge and plan.prompt.judge is not None:
-        labels = len(plan.prompt.judge.labels)
-        cost.ask(plan.prompt.judge, plan.requests * plan.texts, 200, answers=labels)
-    return cost
-
-
-class _Pairs:
-    """What judge and relabel will see: counts of pairs and sizes of texts."""
-
-    def __init__(self, records: Records | None, recipe: Recipe, queries: int) -> None:
-        """``queries`` are still to be written, and go to their task."""
-        tables = {} if records is None else records.tasks()
-        kinds = {name: table.kind for name, table in tables.items()}
-        more = {recipe.synth.task: queries} if queries else {}
-        kinds |= dict.fromkeys(more, "retrieval")
-        self.judged = self.relabelled = 0
-        for name in recipe.judge.tasks or _plain(recipe, kinds):
-            own = tables.get(name)
-            self.judged += more.get(name, 0) + (len(own.positive) + len(own.negative) if own else 0)
-        mined = [n for n in _plain(recipe, kinds) if recipe.tasks.get(n, Task()).mined]
-        for name in recipe.relabel.tasks or mined:
-            self.relabelled += more.get(name, 0) + (len(tables[name]) if name in tables else 0)
-        # Bytes of a query and a passage.
-        self.size = 200.0 if records is None else 2.0 * float(records.texts.lengths().mean())
-        self.recipe = recipe
-
-    def judge(self) -> Cost:
-        from embkit.synth.prompts import load
-
-        cost = Cost()
-        for prompt in self.recipe.judge.prompts:
-            step = load(prompt).graded
-            cost.ask(step, self.judged, self.size, answers=len(step.labels))
-        return cost
-
-    def relabel(self) -> Cost:
-        from embkit.synth.prompts import load
-
-        r, cost = self.recipe.relabel, Cost()
-        pairs = self.relabelled * r.candidates
-        cost.ask(load(r.likelihood).steps[0], pairs, self.size, answers=1)
-        step = load(r.relevance).graded
-        cost.ask(step, pairs, self.size, answers=len(step.labels))
-        return cost

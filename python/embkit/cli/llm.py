@@ -7,10 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
+from embkit.cli.words import Fresh, Out
 from embkit.errors import UsageError
 
-Out = Annotated[Path, typer.Option("--out", help="Directory to publish.", show_default=False)]
-Fresh = Annotated[bool, typer.Option("--fresh", help="Forget finished stages and redo them.")]
 Model = Annotated[
     str | None,
     typer.Option("--llm", help="Address of an OpenAI-compatible server, or a model directory."),
@@ -29,12 +28,6 @@ Rate = Annotated[
     float | None, typer.Option("--requests-per-minute", help="A rate that is not passed.")
 ]
 Records = Annotated[list[str], typer.Argument(help="A records directory, or record files.")]
-
-
-def register(app: typer.Typer) -> None:
-    """Add the verbs."""
-    for verb in (synth, relabel, judge):
-        app.command()(verb)
 
 
 def synth(

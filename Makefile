@@ -17,7 +17,7 @@ IN_VENV := PATH="$(abspath $(BIN)):$$PATH" VIRTUAL_ENV="$(abspath $(VENV))"
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 RUST := $(shell find rust -name '*.rs' -o -name Cargo.toml 2>/dev/null) Cargo.toml Cargo.lock
 
-.PHONY: help build demo test test-all matrix lint lint-rust lint-python bench rivals llm aot aot-next gpu wheel clean
+.PHONY: help build demo test test-all matrix docs lint lint-rust lint-python bench rivals llm aot aot-next gpu wheel clean
 
 help: ## Show this help
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -65,6 +65,15 @@ test-all: $(VENV)/.built matrix ## All tests that this machine can run, with ful
 matrix: $(VENV)/.packages ## Environments of older sentence-transformers that exports are read with, in the cache
 	@$(BIN)/python tests/matrix.py
 
+$(VENV)/.docs: $(VENV)/.tools pyproject.toml constraints.txt
+	@$(BIN)/python -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
+	  print(*p["optional-dependencies"]["docs"], sep="\n")' > $(VENV)/requirements-docs.txt
+	@$(PIP) install -c constraints.txt -r $(VENV)/requirements-docs.txt
+	@touch $@
+
+docs: $(VENV)/.docs ## The documentation as a site in site/; a broken link fails it (make test runs its code)
+	@$(BIN)/mkdocs build --strict --quiet
+
 lint: lint-rust lint-python ## Format and lint checks, types
 
 lint-rust:
@@ -109,4 +118,4 @@ wheel: $(VENV)/.tools ## Build the abi3 wheel and the sdist into dist/
 	@$(IN_VENV) $(BIN)/maturin build --release --sdist --out dist
 
 clean: ## Remove the environment, builds and runs
-	rm -rf $(VENV) target dist runs .pytest_cache .mypy_cache .ruff_cache python/embkit/*.so
+	rm -rf $(VENV) target dist runs site .pytest_cache .mypy_cache .ruff_cache python/embkit/*.so

@@ -72,7 +72,7 @@ $(VENV)/.docs: $(VENV)/.tools pyproject.toml constraints.txt
 	@touch $@
 
 docs: $(VENV)/.docs ## The documentation as a site in site/; a broken link fails it (make test runs its code)
-	@$(BIN)/mkdocs build --strict --quiet
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 lint: lint-rust lint-python ## Format and lint checks, types
 

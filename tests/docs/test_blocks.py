@@ -61,7 +61,7 @@ def llm(world: Path) -> Iterator[str]:
     from loopback import Loopback
 
     def answer(prompt: str) -> str:
-        passage = re.findall(r"<passage>\n(.*?)\n</passage>", prompt, re.DOTALL)[-1]
+        passage = ["", *re.findall(r"<passage>\n(.*?)\n</passage>", prompt, re.DOTALL)][-1]
         query = f"where is it said that {' '.join(passage.split()[:6]).lower()}"
         return json.dumps({"task": "Given a question, find its answer.", "query": query})
 
@@ -93,12 +93,12 @@ WRONG = [
     ("sh", "embkit run quickstart --fro mine\n", "No such option"),
     ("sh", "embkit run quickstart --set finetune.lrr=1\n", "did you mean 'lr'"),
     ("sh", "embkit store join a b --out c\n", "no join"),
-    ("sh", "embkit mine a \\\n    b\n", "Missing option"),
+    ("sh", "embkit mine a \\\n    b\n", "Missing parameter: out"),
     ("sh", "torchrun --nproc-per-node=2 -m embkit prefinetun s --out o\n", "no prefinetun"),
     ("sh", "make demos\n", "demos"),
     ("sh", "pip install 'embkit[sts]'\n", "sts"),
     ("sh", "python benches/nothing.py\n", "nothing"),
-    ("python", "import embkit as ek\nek.mine(m, s, out='o', percent=1)\n", "percent"),
+    ("python", "import embkit as ek\nek.soup(runs, out='o', selects='best')\n", "selects"),
     ("python", "from embkit.data import Stor\n", "Stor"),
     ("toml", "[finetune]\nstep = 3\n", "did you mean 'steps'"),
     ("toml", "[finetune\n", "Expected"),
@@ -130,7 +130,9 @@ def test_a_replacement_that_is_not_there_and_a_failing_block_are_errors(tmp_path
 
 def run_or_check(block: Block, code: str, names: dict[str, Any], shims: Path) -> None:
     if "file" in block.says:
-        Path(block.says["file"]).write_text(code)
+        path = Path(block.says["file"])
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(code)
     if block.language == "toml" and "file" not in block.says:
         doc_blocks.check_toml(block)
     elif block.language == "json":

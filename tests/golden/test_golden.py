@@ -130,7 +130,11 @@ def test_manifests_are_pythons_canonical_json(golden: Path, tmp_path: Path) -> N
 
 
 def test_the_permutation_of_the_documentation_is_ours() -> None:
-    source = re.search(r"```python\n(def permute.*?)```", FORMATS.read_text("utf-8"), re.DOTALL)
+    source = re.search(
+        r"```python\n(import numpy as np\n\ndef permute.*?)```",
+        FORMATS.read_text("utf-8"),
+        re.DOTALL,
+    )
     assert source, "docs/formats.md lost its permute()"
     names: dict = {"np": np}
     exec(source.group(1), names)

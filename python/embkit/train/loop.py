@@ -121,7 +121,8 @@ def finetune(
         The trained encoder, in evaluation mode.
 
     Raises:
-        As :func:`prefinetune`; CorruptError for negatives of another store.
+        EmbkitError: as :func:`prefinetune`.
+        CorruptError: negatives of another store.
     """
     chosen = _config(config, overrides)
     return train(

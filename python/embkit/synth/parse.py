@@ -14,6 +14,9 @@ _COMMA = re.compile(r",(\s*[}\]])")
 _WIDE = re.compile(r"[\u2e80-\u9fff\uac00-\ud7af\u3040-\u30ff\u0e00-\u0eff]")
 
 
+_HALF = re.compile("[\ud800-\udfff]")  # of a pair: JSON can say it, UTF-8 cannot
+
+
 class Invalid(Exception):
     """An answer that cannot be used; ``reason`` is one word for the counts."""
 
@@ -46,7 +49,7 @@ def read_answer(
         if value is None:  # keys in another case or with spaces are no other keys
             same = [v for k, v in found.items() if _key(k) == _key(name)]
             value, mended = (same[0], True) if len(same) == 1 else (None, mended)
-        if not isinstance(value, str):
+        if not isinstance(value, str) or _HALF.search(value):
             raise Invalid("schema")
         value = " ".join(value.split())
         if not field.min_words <= words(value) <= field.max_words:
@@ -86,6 +89,8 @@ def read_list(text: str, step: Step) -> tuple[list[tuple[str, str]], bool]:
         value = " ".join(_NUMBER.sub("", entry).split())
         mended = mended or bool(_NUMBER.match(entry))
         reason = "" if field.min_words <= words(value) <= field.max_words else "length"
+        if _HALF.search(value):
+            value, reason = _HALF.sub("\ufffd", value), "schema"
         out.append((value, "example" if _key(value) in copies else reason))
     return out, mended
 
@@ -108,7 +113,7 @@ def _entries(text: str, name: str) -> tuple[list[str], bool]:
         at += len(text[at:]) - len(text[at:].lstrip(" \t\r\n,"))
         try:
             one, at = json.JSONDecoder(strict=False).raw_decode(text, at)
-        except ValueError:  # the end, or where it was cut
+        except (ValueError, RecursionError):  # the end, or where it was cut
             break
         if not isinstance(one, str):
             raise Invalid("schema")
@@ -129,7 +134,7 @@ def read_object(text: str) -> tuple[dict[str, Any], bool]:
         found = json.loads(text)
         if isinstance(found, dict):
             return found, False
-    except ValueError:
+    except (ValueError, RecursionError):  # a small model may open brackets without end
         pass
     start = text.find("{")
     if start < 0:
@@ -137,7 +142,7 @@ def read_object(text: str) -> tuple[dict[str, Any], bool]:
     for candidate in (text[start:], _COMMA.sub(r"\1", text[start:])):
         try:
             found, _ = json.JSONDecoder(strict=False).raw_decode(candidate)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(found, dict):
             return found, True

@@ -54,20 +54,30 @@ class Server:
     ) -> None:
         if concurrency < 1:
             raise UsageError(f"concurrency = {concurrency} is not positive.")
-        self.usage = Usage()
         self.chat, self.structured, self.concurrency = chat, structured, concurrency
         self.transport = Transport(
-            url, self.usage, cache=None if cache is None else Cache(cache), **limits
+            url, Usage(), cache=None if cache is None else Cache(cache), **limits
         )
         self._model = model
+
+    @property
+    def usage(self) -> Usage:
+        """What was asked so far: the transport's counts, which the budget goes by."""
+        return self.transport.usage
+
+    @usage.setter
+    def usage(self, value: Usage) -> None:
+        self.transport.usage = value
 
     @cached_property
     def name(self) -> str:
         """The model's name; asked of the server when it was not given."""
         if self._model is not None:
             return self._model
-        listed = (self.transport.get("/models") or {}).get("data") or []
-        names = [str(entry.get("id")) for entry in listed if isinstance(entry, dict)]
+        found = self.transport.get("/models")
+        listed = found.get("data") if isinstance(found, dict) else None
+        entries = listed if isinstance(listed, list) else []
+        names = [str(entry.get("id")) for entry in entries if isinstance(entry, dict)]
         if len(names) != 1:
             raise UsageError(
                 f"The server lists {len(names)} models: {', '.join(names[:5])}.",
@@ -287,6 +297,8 @@ def text_of(payload: Any) -> dict[str, Any]:
         raise Malformed("empty" if text is None else "shape")
     if not text.strip():
         raise Malformed("empty")
+    # Halves of characters, which JSON can say, join where they are pairs.
+    text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     used = payload.get("usage") or {}
     return {
         "text": text,

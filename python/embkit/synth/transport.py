@@ -55,6 +55,10 @@ class BudgetError(EmbkitError):
     """The token budget is used up. Exit code 1."""
 
 
+class _Unknown(UsageError):
+    """The server does not know the path, or the model."""
+
+
 class _Again(Exception):
     def __init__(self, reason: str, what: str, after: float | None = None) -> None:
         super().__init__(what)
@@ -132,12 +136,32 @@ class Transport:
         if self.cache and (found := self.cache.get(key)) is not None:
             self.usage.add(cached=1)
             return found
+        answer = self._answered(path, body, check)
+        if self.cache:
+            self.cache.put(key, answer)
+        return answer
+
+    def get(self, path: str) -> Any:
+        """Ask for what a path holds; None when the server does not have it.
+
+        Raises:
+            BackendError: the server does not answer.
+            UsageError: it does not know the key.
+        """
+        try:
+            return self._answered(path, None, lambda payload: payload)
+        except (Rejected, _Unknown):
+            return None
+
+    def _answered(self, path: str, body: dict[str, Any] | None, check: Callable[[Any], Any]) -> Any:
+        """Try until there is an answer."""
         attempt = 0
         while True:
-            self._wait(body)
-            try:
+            if body is not None:
+                self._wait(body)
                 self.usage.add(requests=1)
-                answer = self._once(path, body, check)
+            try:
+                return self._once(path, body, check)
             except _Again as trouble:
                 self.usage.add(retry=trouble.reason)
                 attempt += 1
@@ -151,17 +175,6 @@ class Transport:
                         fix="see to the server; the same command goes on where it stopped",
                     ) from None
                 self._pause(attempt, trouble)
-                continue
-            if self.cache:
-                self.cache.put(key, answer)
-            return answer
-
-    def get(self, path: str) -> Any:
-        """One plain request, tried once; None when it fails."""
-        try:
-            return self._once(path, None, lambda payload: payload)
-        except (_Again, Rejected, EmbkitError):
-            return None
 
     # ------------------------------------------------------------ one attempt
 
@@ -174,7 +187,7 @@ class Transport:
             raise _Again("html", f"a page in place of JSON: {self._clean(text)}")
         try:
             payload = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise _Again("json", f"JSON that is broken: {self._clean(text)}") from None
         try:
             return check(payload)
@@ -182,7 +195,7 @@ class Transport:
             raise _Again(
                 error.reason, f"a response of the wrong form: {self._clean(text)}"
             ) from None
-        except (KeyError, IndexError, TypeError, AttributeError, ValueError):
+        except (KeyError, IndexError, TypeError, AttributeError, ValueError, OverflowError):
             raise _Again("shape", f"a response of the wrong form: {self._clean(text)}") from None
 
     def _exchange(
@@ -241,7 +254,7 @@ class Transport:
                 where=self.address,
                 fix=f"set {self._variable} in the environment",
             )
-        raise UsageError(
+        raise _Unknown(
             f"The server answers {status}: {said}",
             where=self.address,
             fix="check the address (it ends in /v1 as a rule) and the name of the model",

@@ -20,6 +20,7 @@ from embkit.mine.miner import NONE
 from embkit.mine.source import StoreVectors, check_together, stored
 from embkit.mine.work import KIND, Task, load_table
 from embkit.recipe import Rules
+from embkit.stage import digest_of
 
 # Numbers and names of the Rust filter's rules, in its order.
 _RULES = (
@@ -88,7 +89,7 @@ def candidates_of(
     Raises:
         UsageError: no such example, store or embeddings. CorruptError: they are others.
     """
-    directory = Path(directory)
+    directory = origin(Path(directory))
     manifest = container.read_manifest(directory, kind=KIND)
     opened = _store(directory, manifest, store)
     known = {t["name"]: t["examples"] for t in manifest["tasks"]}
@@ -129,12 +130,18 @@ def explain(
     """One query, its positives and every candidate with its verdict, as text.
 
     Args:
+        directory: what :func:`embkit.mine.mine` has written, or what was carried over from there
+            to the store of a relabelled task. Of that task, or with the directory of
+            :func:`embkit.synth.relabel`, the language model's ranking is shown.
         task: the first that has this example by default. The others: :func:`candidates_of`.
 
     Raises:
         UsageError: no such example, store or embeddings. CorruptError: they are others.
     """
     directory = Path(directory)
+    if (ranking := ranking_of(directory, task)) is not None:
+        return _ranked(ranking, store, example)
+    directory = origin(directory)
     manifest = container.read_manifest(directory, kind=KIND)
     names = [t["name"] for t in manifest["tasks"] if 0 <= example < t["examples"]]
     if task is None and not names:
@@ -163,6 +170,63 @@ def explain(
         lines += _drawn(directory, task, example, number, opened)
     rules = ", ".join(f"{k} {v}" for k, v in manifest["explain"]["rules"].items() if v is not None)
     return "\n".join([*lines, f"  rules: {rules}"])
+
+
+def origin(directory: Path) -> Path:
+    """Where negatives were mined: rules and vectors stay there when they are carried.
+
+    Raises:
+        UsageError: they were carried, and where from is not beside them.
+    """
+    manifest = container.read_manifest(directory, kind=KIND)
+    if "explain" in manifest:
+        return directory
+    key = next(iter(manifest["inputs"]))
+    before = directory.parent / key.split(":", 1)[1]
+    if not before.is_dir() or digest_of(before) != manifest["inputs"][key]:
+        raise UsageError(
+            "These negatives were carried over from another store, and what was mined there is "
+            "not beside them.",
+            where=before,
+            fix="embkit mine --out DIR --explain N with the directory of that mining",
+        )
+    return before
+
+
+def ranking_of(directory: Path, task: str | None) -> Path | None:
+    """The file of a task's ranking by a language model: in this directory, or beside it."""
+    if task is None:
+        return next(iter(sorted(directory.glob("relabel-*.safetensors"))), None)
+    name = f"relabel-{task}.safetensors"
+    places = (directory / name, directory.parent / "relabelled" / name)
+    return next((path for path in places if path.is_file()), None)
+
+
+def _ranked(path: Path, given: Any, example: int) -> str:
+    """What a language model has made of one query's passages, best first."""
+    store = _beside(path.parent, given)
+    task = path.stem.removeprefix("relabel-")
+    table = container.load(path, kind="embkit.relabel")
+    count = len(table["offsets"]) - 1
+    if not 0 <= example < count:
+        raise UsageError(
+            f"Task {task!r} has no example {example}.", where=path, fix=f"give 0 to {count - 1}"
+        )
+    span = slice(*table["offsets"][example : example + 2].astype(int).tolist())
+    columns = [table[c][span] for c in ("text_id", "likelihood", "relevance", "fused")]
+    rows = np.arange(store.rows)
+    row_of = dict(zip(store.text_id(rows).tolist(), rows.tolist(), strict=True))
+    # What has no score comes last.
+    order = np.argsort(-np.nan_to_num(columns[3], nan=-np.inf), kind="stable")
+    query = short(store.text(int(store.examples(task).query[example])))
+    lines = [f"task {task}, example {example}, ranked by a language model", f"  query     {query}"]
+    lines.append("  rank    fused  likelihood  relevance")
+    for rank, i in enumerate(order.tolist(), 1):
+        text_id, likelihood, relevance, fused = (c[i] for c in columns)
+        lines.append(f"  {rank:4}  {fused:7.4f}  {likelihood:10.4f}  {relevance:9.4f}")
+        row = row_of.get(int(text_id))
+        lines.append(f"        {short(store.text(row)) if row is not None else 'not in the store'}")
+    return "\n".join(lines)
 
 
 def _list(
@@ -230,12 +294,16 @@ def _store(directory: Path, manifest: dict[str, Any], given: Any) -> Store:
     Raises:
         UsageError: it is not given, and not beside the negatives. CorruptError: it is another.
     """
+    found = _beside(directory, given)
+    if str(found.manifest.get("digest")) != manifest["store"]:
+        raise CorruptError("The negatives were mined in another store.", where=found.path)
+    return found
+
+
+def _beside(directory: Path, given: Any) -> Store:
     beside = directory.parent / "store"
     if given is None and not (beside / "manifest.json").is_file():
         raise UsageError(
             "The store is not beside the negatives.", where=beside, fix="give the store"
         )
-    found = as_store(beside if given is None else given)
-    if str(found.manifest.get("digest")) != manifest["store"]:
-        raise CorruptError("The negatives were mined in another store.", where=found.path)
-    return found
+    return as_store(beside if given is None else given)

@@ -62,6 +62,37 @@ def result() -> dict[str, Any]:
 
 
 @pytest.fixture
+def asked() -> dict[str, Any]:
+    """Reports of the stages that ask a language model; all texts, and its name, are not trusted."""
+    prompt = {"name": EVIL, "digest": "d"}
+    wrote = {
+        "items": 1250, "kept": 1201, "dropped": {"not_json": 40, "copy": 9}, "mended": 17,
+        "prompt_tokens": 123456, "completion_tokens": 7890, "prompt": prompt, "model": EVIL,
+        "samples": {"not_json": [{"passage": EVIL, "answer": EVIL}]},
+    }  # fmt: skip
+    labels = {EVIL: {"wanted": 0.25, "fit": 3, "kept": 2, "share": 0.325}}
+    judged = {
+        "model": EVIL, "pairs": 4321, "ungraded": 12,
+        "agreement": {"pairs": 4309, "same_decision": 0.911, "kappa": 0.734, "mean_difference": 1},
+        "tasks": {EVIL: {"before": 4100, "after": 3999, "weak_positives": 101,
+                         "strong_negatives": 77, "samples": {
+            "positives": [{"query": EVIL, "passage": EVIL, "grade": 0.125}], "negatives": []}}},
+    }  # fmt: skip
+    ranked = {
+        "examples": 3999, "judged": 3990, "unjudged": 9, "best_is_not_seed": 613,
+        "share_best_is_not_seed": 0.153634, "candidates": 79980,
+        "rejected_candidates": {"shape": 8}, "seed_rank_mean": 1.875, "seed_mrr": None,
+        "negatives": 3988,
+    }  # fmt: skip
+    return {
+        "synth": {EVIL: wrote, "moods": {**wrote, "labels": labels, "dropped": {}}},
+        "judge": judged,
+        "relabel": {"model": EVIL, "tasks": {EVIL: ranked},
+                    "samples": [{"task": EVIL, "query": EVIL, "seed": EVIL, "best": EVIL}]},
+    }  # fmt: skip
+
+
+@pytest.fixture
 def log(tmp_path: Path) -> Path:
     path = tmp_path / "log.jsonl"
     rows = [{"step": i, "task": "facts", "loss": 5 / (i + 1)} for i in range(1, 1001)]
@@ -126,6 +157,28 @@ def test_every_score_is_in_the_page(result: dict[str, Any]) -> None:
                 assert f"{model['types'][kind]['128']:.2f}" in text
     for number in ("83.91", "57.50", "58.12", "1,234", "1.5e-07", "0.750"):
         assert number in text
+
+
+def test_what_a_language_model_did_is_in_the_page_and_cannot_leave_its_cells(
+    result: dict[str, Any], asked: dict[str, Any]
+) -> None:
+    counts = {"requests": 5150, "cached": 21, "prompt_tokens": 234567, "completion_tokens": 8901,
+              "retries": {"timeout": 3, "rate": 2}, "rejected": {"empty": 1}}  # fmt: skip
+    page = write_report({**result, **asked}, usage={"synth": counts})
+    parser = parse(page)
+    assert "script" not in parser.seen and parser.links == []
+    text = " ".join(parser.words)
+    assert text.count(EVIL) > 15
+    for number in (
+        *("1,250 items", "1,201 kept", "17 had", "123,456 tokens read", "7,890 written", "3.2%"),
+        *("not_json", "32.5%", "25.0%", "4,321 pairs", "12 it could not", "91.1%", "0.734"),
+        *("3,999", "101", "77", "0.12", "613", "15.4%", "1.875", "8 x shape", "3,988"),
+        *("5,150", "21", "234,567", "8,901", "2 x rate, 3 x timeout", "1 x empty"),
+    ):
+        assert number in text, number
+    # Without files of counts, and without the stages.
+    assert "234,567" not in write_report({**result, **asked})
+    assert "Language model" not in write_report(result, usage={"synth": counts})
 
 
 def test_a_bare_result_is_enough(result: dict[str, Any]) -> None:

@@ -10,6 +10,8 @@ from typing import Any
 
 from embkit.report import scores
 from embkit.report.charts import Line, line_chart, smooth
+from embkit.report.llm import asked
+from embkit.report.pieces import clock, decimal, details, figure, table
 from embkit.report.plots import COLORS, Plot, plots
 from embkit.report.style import CSS
 
@@ -20,6 +22,7 @@ def write_report(
     logs: Mapping[str, Path] | None = None,
     settings: str = "",
     seconds: Mapping[str, float] | None = None,
+    usage: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> str:
     """Render a run.
 
@@ -28,9 +31,10 @@ def write_report(
         logs: log.jsonl of each training run, by the run's name.
         settings: the resolved recipe as TOML.
         seconds: wall time of each stage.
+        usage: what stages asked of a language model, ``llm-usage.json``.
 
     Returns:
-        The HTML page. Every number in it comes from ``result``, the logs or ``seconds``.
+        The HTML page. Every number in it comes from ``result``, the logs, ``seconds`` or ``usage``.
     """
     sections = [
         _tiles(result, seconds or {}),
@@ -39,6 +43,7 @@ def write_report(
         _soup(result.get("soup") or {}),
         _dedup(result.get("dedup") or {}),
         _mining(result.get("mine") or {}),
+        asked(result, usage or {}),
         _time(seconds or {}),
         _settings(settings),
     ]
@@ -72,7 +77,7 @@ def _tiles(result: Mapping[str, Any], seconds: Mapping[str, float]) -> str:
     if difference is not None:
         tiles.append(("Export, max |difference|", f"{difference:.1e}", "sentence-transformers"))
     if seconds:
-        tiles.append(("Wall time", _clock(sum(seconds.values())), "all stages"))
+        tiles.append(("Wall time", clock(sum(seconds.values())), "all stages"))
     cells = "".join(
         f'<div class="tile"><b>{escape(value)}</b><span>{escape(title)}</span>'
         f"<small>{escape(note)}</small></div>"
@@ -86,11 +91,11 @@ def _scores(result: Mapping[str, Any]) -> str:
            "width is a prefix of the same embedding, from one encode.</p>"]  # fmt: skip
     for split in scores.splits(result):
         body = [[name, *map(scores.number, cells)] for name, cells in scores.rows(result, split)]
-        out.append(f"<h3>{escape(split)}</h3>" + _table(["", *scores.header(result, split)], body))
+        out.append(f"<h3>{escape(split)}</h3>" + table(["", *scores.header(result, split)], body))
         mean, *kinds, stages = plots(result, split)
         out.append(f'<div class="charts">{_chart(mean)}{_chart(stages)}</div>')
         inner = "".join(_chart(plot) for plot in kinds)
-        out.append(_details("By kind of task", f'<div class="charts">{inner}</div>'))
+        out.append(details("By kind of task", f'<div class="charts">{inner}</div>'))
     return "".join(out)
 
 
@@ -100,7 +105,7 @@ def _chart(plot: Plot) -> str:
         log_x=plot.log_x,
     )  # fmt: skip
     note = f'<p class="note">{escape(plot.note)}</p>' if plot.note else ""
-    return _figure(plot.title, chart + note)
+    return figure(plot.title, chart + note)
 
 
 def _curves(logs: Mapping[str, Path]) -> str:
@@ -121,7 +126,7 @@ def _curves(logs: Mapping[str, Path]) -> str:
     if not groups:
         return ""
     figures = "".join(
-        _figure(f"{family}: {task}", line_chart(lines, x_label="step", y_label="loss"))
+        figure(f"{family}: {task}", line_chart(lines, x_label="step", y_label="loss"))
         for (family, task), lines in sorted(groups.items(), key=lambda g: (g[0][0] != "pre", g[0]))
     )
     note = "Running mean over a fortieth of the steps of each task."
@@ -145,7 +150,7 @@ def _soup(soups: Mapping[str, Any]) -> str:
         body.append(["uniform average", scores.number(report["uniform"]["dev"]), "–", "–"])
     body.append(["greedy soup", scores.number(report.get("dev")), "–", f"{len(kept)} kept"])
     head = ["", "dev mean alone", "dev mean when added", "kept"]
-    return "<h2>Soup</h2>" + _table(head, body)
+    return "<h2>Soup</h2>" + table(head, body)
 
 
 def _dedup(report: Mapping[str, Any]) -> str:
@@ -164,21 +169,19 @@ def _dedup(report: Mapping[str, Any]) -> str:
         for name, counts in report.get("examples", {}).items()
     ]
     out = ["<h2>Cleaning</h2>", "".join(f"<p>{escape(f)}.</p>" for f in facts)]
-    out.append(_table(["examples", *(c.replace("_", " ") for c in columns)], body))
+    out.append(table(["examples", *(c.replace("_", " ") for c in columns)], body))
     largest = report.get("clusters", {}).get("largest", [])[:8]
     if largest:
         rows = [
             [c["representative"], f"{c['size']:,}", c["members"][0]["text"] if c["members"] else ""]
             for c in largest
         ]
-        out.append(
-            _details("Largest clusters", _table(["kept", "size", "such as"], rows, text=True))
-        )
+        out.append(details("Largest clusters", table(["kept", "size", "such as"], rows, text=True)))
     spans = leaks.get("spans", [])[:8]
     if spans:
         rows = [[s["span"], f"{s['overlap']:.2f}", s["evaluation"]] for s in spans]
         head = ["span in training", "overlap", "evaluation text"]
-        out.append(_details("Leaks", _table(head, rows, text=True)))
+        out.append(details("Leaks", table(head, rows, text=True)))
     return "".join(out)
 
 
@@ -189,17 +192,17 @@ def _mining(report: Mapping[str, Any]) -> str:
         out.append(f"<h3>{escape(name)}</h3>")
         out.append(
             f"<p>{task['kept']:,} negatives for {task['examples']:,} examples; mean score of "
-            f"positives {_decimal(task.get('mean_positive_score'))}, of negatives "
-            f"{_decimal(task.get('mean_negative_score'))}.</p>"
+            f"positives {decimal(task.get('mean_positive_score'))}, of negatives "
+            f"{decimal(task.get('mean_negative_score'))}.</p>"
         )
-        out.append(_table(["candidates", "count"], audit))
+        out.append(table(["candidates", "count"], audit))
         rows = [
             [s["query"], f"{s['positive_score']:.3f}", s["positive"], _first(s["negatives"])]
             for s in task.get("samples", [])
         ]
         if rows:
             head = ["query", "score", "positive", "hardest negative"]
-            out.append(_details("Samples", _table(head, rows, text=True)))
+            out.append(details("Samples", table(head, rows, text=True)))
     return "<h2>Hard negatives</h2>" + "".join(out) if out else ""
 
 
@@ -209,7 +212,7 @@ def _time(seconds: Mapping[str, float]) -> str:
     longest = max(seconds.values()) or 1.0
     bars = "".join(
         f'<div class="meter"><span>{escape(name)}</span>'
-        f'<i><b style="width:{100 * s / longest:.1f}%"></b></i><span>{_clock(s)}</span></div>'
+        f'<i><b style="width:{100 * s / longest:.1f}%"></b></i><span>{clock(s)}</span></div>'
         for name, s in seconds.items()
     )
     return f"<h2>Time</h2>{bars}"
@@ -217,43 +220,17 @@ def _time(seconds: Mapping[str, float]) -> str:
 
 def _settings(settings: str) -> str:
     return (
-        f"<h2>Settings</h2>{_details('recipe.toml', f'<pre>{escape(settings)}</pre>')}"
+        f"<h2>Settings</h2>{details('recipe.toml', f'<pre>{escape(settings)}</pre>')}"
         if settings
         else ""
     )
 
 
-# ---------------------------------------------------------------- pieces
-
-
-def _table(head: list[str], body: list[list[str]], *, text: bool = False) -> str:
-    kind = ' class="text"' if text else ""
-    top = "".join(f"<th>{escape(h)}</th>" for h in head)
-    rows = "".join(
-        "<tr>" + "".join(f"<td>{escape(str(cell))}</td>" for cell in row) + "</tr>" for row in body
-    )
-    inner = f"<table{kind}><thead><tr>{top}</tr></thead><tbody>{rows}</tbody></table>"
-    return f'<div class="scroll">{inner}</div>'
-
-
-def _figure(title: str, content: str) -> str:
-    return f"<figure><figcaption>{escape(title)}</figcaption>{content}</figure>"
-
-
-def _details(title: str, content: str) -> str:
-    return f"<details><summary>{escape(title)}</summary>{content}</details>"
+# ---------------------------------------------------------------- cells and lines
 
 
 def _first(negatives: list[dict[str, Any]]) -> str:
     return f"{negatives[0]['score']:.3f}  {negatives[0]['text']}" if negatives else "none"
-
-
-def _decimal(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3f}"
-
-
-def _clock(seconds: float) -> str:
-    return f"{seconds:.1f} s" if seconds < 60 else f"{int(seconds) // 60} min {int(seconds) % 60} s"
 
 
 def _thin(xs: list[float], ys: list[float], most: int = 300) -> tuple[list[float], list[float]]:

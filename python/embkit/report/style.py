@@ -28,7 +28,8 @@ th,td{padding:7px 12px;text-align:right;white-space:nowrap}
 th{color:var(--muted);font-weight:500;border-bottom:1px solid var(--line)}
 tbody tr+tr td{border-top:1px solid var(--line)}
 th:first-child,td:first-child{text-align:left}
-table.text th,table.text td{text-align:left;white-space:normal;vertical-align:top;min-width:70px}
+table.text th,table.text td{text-align:left;white-space:normal;vertical-align:top;min-width:70px;
+overflow-wrap:anywhere;unicode-bidi:isolate}
 .charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(320px,1fr));gap:14px}
 figure{margin:0;background:var(--card);border:1px solid var(--line);border-radius:10px;padding:14px}
 figcaption{font-size:13.5px;font-weight:600;margin-bottom:6px}

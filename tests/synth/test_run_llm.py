@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import random
 import re
+import signal
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -14,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import ranks_driver
 import tiny
 from killing import attempt
 from loopback import Loopback
@@ -21,11 +24,12 @@ from small import TINY, full_count, make_small_data, write_jsonl
 
 from embkit import data, pipeline, recipe
 from embkit.data import Store
-from embkit.errors import UsageError
-from embkit.mine import load_negatives
+from embkit.errors import EmbkitError, UsageError
+from embkit.mine import explain, load_negatives
 from embkit.pipeline.llm import asking
 from embkit.recipe import JudgeStage, LabelledTask, RelabelStage, Synth
 from embkit.synth import BackendError, Judge, Labelled, Relabel, Write
+from embkit.synth.transport import BudgetError
 
 PROMPTS = {
     "short": """
@@ -211,6 +215,43 @@ def test_a_run_trains_on_what_the_model_wrote_judged_and_chose(done: Done) -> No
     assert "synth" in json.loads((out / "seconds.json").read_text())
 
 
+def test_the_page_of_a_run_tells_what_was_asked(done: Done) -> None:
+    page = (done.out / "report.html").read_text("utf-8")
+    spent = json.loads((done.out / "llm-usage.json").read_text())
+    # All but the few requests that find out what the server can do.
+    assert list(spent) == ["judge", "relabel", "synth"]
+    assert done.asked - 5 <= sum(of["requests"] for of in spent.values()) <= done.asked
+    for name in ("synthetic", "moods"):
+        report = done.result["synth"][name]
+        assert f"<h3>synth: {name}</h3>" in page
+        assert f"{report['items']:,} items, {report['kept']:,} kept" in page
+        assert report["prompt_tokens"] > 0 and f"{report['prompt_tokens']:,} tokens read" in page
+    ranked = done.result["relabel"]["tasks"]["synthetic"]
+    assert f"<td>{ranked['share_best_is_not_seed']:.1%}</td>" in page
+    assert f"<td>{spent['relabel']['requests']:,}</td>" in page
+
+
+def test_carried_and_relabelled_tables_are_explained(done: Done) -> None:
+    carried, mined = done.out / "mined-relabelled", done.out / "mined"
+    assert explain(carried, 3, task="retrieval") == explain(mined, 3, task="retrieval")
+    assert explain(carried, 3) == explain(mined, 3)
+    records = data.Records.open(done.out / "relabelled")
+    table, short = records.tasks()["synthetic"], lambda row: records.texts.get(int(row))[:40]
+    for place in (carried, done.out / "relabelled"):
+        told = explain(place, 2, task="synthetic")
+        lines = told.splitlines()
+        assert short(table.query[2]) in lines[1] and "ranked by a language model" in lines[0]
+        ranked = [line.strip()[:40] for line in lines[4::2]]
+        fused = [float(line.split()[1]) for line in lines[3::2]]
+        assert len(ranked) == 3 and fused == sorted(fused, reverse=True)
+        assert ranked[0] == short(table.positive[2]).strip()
+        assert ranked[-1] == short(table.negative[2]).strip()
+    with pytest.raises(UsageError, match="has no example 9999"):
+        explain(carried, 9999, task="synthetic")
+    with pytest.raises(UsageError, match="no task|No negatives of task"):
+        explain(carried, 0, task="moods")
+
+
 def test_a_run_goes_on_without_the_server_that_wrote_its_data(done: Done) -> None:
     was = kept(done.out)
     pipeline.run(done.recipe, out=done.out, from_stage="finetune")
@@ -267,6 +308,15 @@ def test_a_dry_run_tells_what_will_be_asked(done: Done, tmp_path: Path) -> None:
     assert most / 4 < done.asked <= most + 4  # and one each time that the server is looked at
 
 
+def test_the_budget_holds_for_the_stages_of_a_run(folder: Path, lm: Any, tmp_path: Path) -> None:
+    with Loopback(*lm, answer=answer) as loop:
+        chosen = settings(folder, loop.url, "llm.token_budget=100")
+        with pytest.raises(BudgetError, match="100 is used up"):
+            pipeline.run(chosen, out=tmp_path / "run")
+        # Of 20 queries at 10 tokens each; the first requests find out what the server can do.
+        assert 6 <= sum(loop.seen.values()) <= 15
+
+
 @pytest.mark.parametrize(
     ("override", "says"),
     [
@@ -310,3 +360,94 @@ def test_another_model_at_the_address_is_found_out(done: Done, lm: Any, tmp_path
         assert later.name == "tiny" and later.params()["likelihood"] == "echo"
         with pytest.raises(UsageError, match="likelihood is 'first', was 'echo'"):
             later.generate(["a"])
+
+
+RANK_TIMEOUT = 6.0
+
+
+def on_two(chosen: Any, out: Path, told: Path, die: str = "") -> list[int]:
+    """Exit codes of two ranks that run a recipe; what each ended with is in ``told``.
+
+    Args:
+        die: the first rank kills itself once it has this many shards of a stage, "NAME COUNT".
+    """
+    port = ranks_driver.free_port()
+    for path in told.glob("error-*.txt"):
+        path.unlink()
+
+    def work(rank: int) -> None:
+        os.environ.update(
+            RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(port),
+        )  # fmt: skip
+        if die and rank == 0:
+            dies_at(*die.split())
+        try:
+            pipeline.run(chosen, out=out)
+        except EmbkitError as error:
+            (told / f"error-{rank}.txt").write_text(str(error))
+            os._exit(error.exit_code)
+
+    return ranks_driver.fork(2, work)
+
+
+def dies_at(stage: str, count: str) -> None:
+    """This process ends with its shard of that number."""
+    from embkit.synth import shards
+
+    real, written = shards._write, [0]
+
+    def write(path: Path, rows: Any) -> None:
+        real(path, rows)
+        written[0] += f"-{stage}-" in str(path)
+        if written[0] == int(count):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    shards._write = write
+
+
+@pytest.mark.timeout(240)
+def test_two_ranks_ask_once_wait_for_hours_and_end_together(
+    done: Done, lm: Any, folder: Path, tmp_path: Path
+) -> None:
+    """The first rank asks. The other one waits longer than a collective may take, ends with an
+    error when the first one fails or is killed, and the same command goes on from there."""
+    out, dead, pause = tmp_path / "run", [True], [0.0]
+
+    def fault(path: str, body: Any) -> str:
+        if pause[0]:
+            seconds, pause[0] = pause[0], 0.0
+            time.sleep(seconds)
+        return "down" if dead[0] and sum(loop.seen.values()) > 9 else ""
+
+    limits = (f"prefinetune.rank_timeout={RANK_TIMEOUT}", f"finetune.rank_timeout={RANK_TIMEOUT}",
+              "llm.timeout=30.0", "evaluate.bm25=false")  # fmt: skip
+    with Loopback(*lm, answer=answer, fault=fault) as loop:
+        chosen = settings(folder, loop.url, *limits)
+        assert on_two(chosen, out, tmp_path) == [4, 1]
+        first, second = ((tmp_path / f"error-{i}.txt").read_text() for i in range(2))
+        assert first.startswith("The server does not answer")
+        assert second.startswith("The first rank stopped: BackendError")
+        assert not list(out.glob("[!.]*/")) and list(out.glob(".partial-synth-synthetic-*"))
+        dead[0], pause[0] = False, RANK_TIMEOUT + 2
+        began = time.monotonic()
+        assert on_two(chosen, out, tmp_path, die="relabelled 2") == [-9, 1]
+        assert time.monotonic() - began > RANK_TIMEOUT and pause == [0.0]
+        assert "Another rank did not answer" in (tmp_path / "error-1.txt").read_text()
+        assert (out / "pre" / "manifest.json").is_file() and not (out / "relabelled").exists()
+        assert on_two(chosen, out, tmp_path) == [0, 0]
+        asked = sum(loop.seen.values())
+        if full_count(1, 0):
+            assert on_two(chosen, tmp_path / "whole", tmp_path) == [0, 0]
+            mine, want = kept(out), kept(tmp_path / "whole")
+            assert [name for name in want if mine.get(name) != want[name]] == []
+    # What does not depend on a trained model is what one process makes.
+    mine, want = kept(out), kept(done.out)
+    same = [name for name in want if name.startswith(("synth-", "records/", "clean/", "judged/"))]
+    assert len(same) > 15 and [name for name in same if mine.get(name) != want[name]] == []
+    result = json.loads((out / "result.json").read_text())
+    assert result["relabel"]["tasks"]["synthetic"]["judged"] > 10
+    # Nobody asks for what is there: some requests were lost with the server, one shard by the kill.
+    assert done.asked <= asked <= done.asked + 30
+    spent = json.loads((out / "llm-usage.json").read_text())
+    assert set(spent) == {"synth", "judge", "relabel"} and spent["synth"]["retries"]["connection"]

@@ -42,13 +42,16 @@ class Asking:
 
     Args:
         recipe: with at least one of these stages. out: the run directory.
+        ask: whether this process may ask; the others of a run find what was made.
     """
 
-    def __init__(self, recipe: Recipe, out: Path) -> None:
+    def __init__(self, recipe: Recipe, out: Path, *, ask: bool = True) -> None:
         from embkit.synth.deferred import Deferred
+        from embkit.synth.spent import Spent
 
         self.recipe, self.out = recipe, out
-        self.llm = Deferred(recipe.llm, out / "llm.json")
+        self.spent = Spent(out / "llm-usage.json")
+        self.llm = Deferred(recipe.llm, out / "llm.json", spent=self.spent, ask=ask)
 
     def check(self, *, anew: bool = False) -> None:
         """Find out what would stop the run later: settings, prompts, files, what the model can do.
@@ -95,6 +98,7 @@ class Asking:
         from embkit.data.sources import Source
         from embkit.synth import write_labelled, write_queries
 
+        self.llm.stage = "synth"
         s, made = self.recipe.synth, []
         if s.passages is not None:
             made.append(
@@ -131,6 +135,7 @@ class Asking:
         kinds = {task["name"]: task["kind"] for task in records.manifest["tasks"]}
         tasks = self.recipe.judge.tasks or tuple(plain_tasks(self.recipe, kinds))
         how = settings(Judge, self.recipe.judge, tasks=tasks)
+        self.llm.stage = "judge"
         done = judge(records, llm=self.llm, out=self.out / "judged", how=how)
         self.llm.release()
         return done
@@ -151,6 +156,7 @@ class Asking:
         from embkit.synth import Relabel, relabel
 
         how = settings(Relabel, self.recipe.relabel, tasks=tuple(tasks))
+        self.llm.stage = "relabel"
         chosen = relabel(
             records, model=embedder, llm=self.llm, out=self.out / "relabelled", how=how
         )

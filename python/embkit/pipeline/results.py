@@ -111,7 +111,8 @@ def _write(run: Run, result: dict[str, Any]) -> None:
     _publish_json(run.out / "seconds.json", run.seconds)
     logs = {p.parent.name: p for p in sorted(run.out.glob("*/log.jsonl"))}
     settings = (run.out / "recipe.toml").read_text()
-    page = write_report(result, logs=logs, settings=settings, seconds=run.seconds)
+    usage = run.asking.spent.read() if run.asking else {}
+    page = write_report(result, logs=logs, settings=settings, seconds=run.seconds, usage=usage)
     _rust.publish_file(str(run.out / "report.html"), page.encode())
     print()
     print(table(result))

@@ -74,7 +74,9 @@ def run(
         again = EVERY[0] if fresh else from_stage
         first = place(again)
         if ask := asking(chosen):  # before anything goes: it may be paid for
-            Asking(chosen, out).check(anew=first is not None and first <= EVERY.index(ask[0]))
+            llm = Asking(chosen, out)
+            llm.check(anew=first is not None and first <= EVERY.index(ask[0]))
+            llm.spent.forget(() if first is None else EVERY[first:])
         clear(out, again)
         out.mkdir(parents=True, exist_ok=True)
         recipes.save(chosen, out / "recipe.toml")
@@ -87,7 +89,7 @@ def run(
     limit = max(chosen.prefinetune.rank_timeout, chosen.finetune.rank_timeout)
     device = training_device(torch.device("cpu"), chosen.prefinetune.device)
     with open_ranks(device, timeout=limit) as ranks:
-        ranks.once(begin)
+        ranks.alone(begin)  # a model that is opened, or a slow server, may take its time
         return Run(chosen, data, out, ranks, on_stage).all()
 
 
@@ -114,7 +116,7 @@ class Run:
         self.on_stage = on_stage
         self.seconds = read_json(out / "seconds.json")
         self.current: tuple[str, float] | None = None
-        self.asking = Asking(recipe, out) if asking(recipe) else None
+        self.asking = Asking(recipe, out, ask=ranks.first) if asking(recipe) else None
 
     def all(self) -> dict[str, Any]:
         out, recipe = self.out, self.recipe

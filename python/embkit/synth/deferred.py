@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from embkit.errors import UsageError
 from embkit.recipe.llm import Llm
 from embkit.synth.backend import open_llm
 from embkit.synth.llm import LLM, Completion, Likelihood, Usage
+from embkit.synth.spent import Spent
 
 # Fields of the settings that decide answers; the others are ways to get them.
 _DECIDE = ("model", "name", "gguf", "plain", "structured")
@@ -29,13 +31,22 @@ class Deferred:
     Args:
         settings: of the model.
         path: where its parameters are kept, JSON.
+        spent: where it is kept what each stage has asked.
+        ask: whether this process may ask; of several ranks the first one does.
+
+    Attributes:
+        stage: that asks now, for ``spent``.
 
     Raises:
-        UsageError: on the first use, when the model is not the one that the file tells of.
+        UsageError: on the first use, when the model is not the one that the file tells of, or when
+            this process may not ask.
     """
 
-    def __init__(self, settings: Llm, path: Path) -> None:
-        self.settings, self.path = settings, path
+    def __init__(
+        self, settings: Llm, path: Path, *, spent: Spent | None = None, ask: bool = True
+    ) -> None:
+        self.settings, self.path, self.spent, self.ask = settings, path, spent, ask
+        self.stage = ""
         self._usage = Usage()
 
     @cached_property
@@ -70,6 +81,12 @@ class Deferred:
 
     @cached_property
     def _opened(self) -> LLM:
+        if not self.ask:
+            raise UsageError(
+                "The first rank alone asks the language model, and what it has made is not here.",
+                where=self.path.parent,
+                fix="put the run directory where every rank sees it",
+            )
         return open_llm(self.settings)
 
     @cached_property
@@ -124,19 +141,27 @@ class Deferred:
         schema: Mapping[str, Any] | None = None,
     ) -> list[Completion]:
         """See :class:`embkit.synth.LLM`."""
-        return self.llm.generate(
-            prompts, max_tokens=max_tokens, temperature=temperature, seeds=seeds, schema=schema
-        )
+        with self._counting():
+            return self.llm.generate(
+                prompts, max_tokens=max_tokens, temperature=temperature, seeds=seeds, schema=schema
+            )
 
     def loglikelihood(self, pairs: Sequence[tuple[str, str]]) -> list[Likelihood]:
         """See :class:`embkit.synth.LLM`."""
-        return self.llm.loglikelihood(pairs)
+        with self._counting():
+            return self.llm.loglikelihood(pairs)
 
     def first_token(
         self, prompts: Sequence[str], choices: Sequence[str]
     ) -> list[list[float] | str]:
         """See :class:`embkit.synth.LLM`."""
-        return self.llm.first_token(prompts, choices)
+        with self._counting():
+            return self.llm.first_token(prompts, choices)
+
+    def _counting(self) -> AbstractContextManager[None]:
+        if self.spent is None:
+            return nullcontext()
+        return self.spent.counting(self.stage, self._usage)
 
 
 def _difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:

@@ -92,6 +92,17 @@ class Usage:
             if reject:
                 self.rejected[reject] += 1
 
+    def counts(self) -> dict[str, Any]:
+        """All counts, JSON types."""
+        with self._lock:
+            return {
+                "requests": self.requests, "cached": self.cached,
+                "prompt_tokens": self.prompt_tokens,
+                "completion_tokens": self.completion_tokens,
+                "retries": dict(sorted(self.retries.items())),
+                "rejected": dict(sorted(self.rejected.items())),
+            }  # fmt: skip
+
     @property
     def tokens(self) -> int:
         """Tokens read and written."""

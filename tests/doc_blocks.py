@@ -159,9 +159,13 @@ def _bash(code: str, shims: Path) -> None:
 
 
 def make_shims(folder: Path) -> Path:
-    """A folder for the PATH whose `embkit` and `python` are this interpreter's."""
+    """A folder for the PATH whose programs are this interpreter's; `pip` and `make` fail."""
     folder.mkdir(parents=True)
-    for name, words in (("embkit", "-m embkit"), ("python", "")):
+    for name in ("pip", "make"):
+        (folder / name).write_text(f"#!/bin/sh\necho 'the tests run no {name}' >&2; exit 1\n")
+        (folder / name).chmod(0o755)
+    modules = {"embkit": "-m embkit", "torchrun": "-m torch.distributed.run", "python": ""}
+    for name, words in modules.items():
         script = folder / name
         script.write_text(f'#!/bin/sh\nexec "{sys.executable}" {words} "$@"\n')
         script.chmod(0o755)

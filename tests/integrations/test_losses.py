@@ -17,6 +17,7 @@ from sentence_transformers.util import dot_score, pairwise_dot_score
 from torch import Tensor, nn
 
 from embkit.integrations import sentence_transformers as ek
+from embkit.integrations.sentence_transformers import dense
 
 FULL = bool(os.environ.get("EMBKIT_TEST_FULL"))
 OTHERS = ("query_to_query", "doc_to_query", "doc_to_doc")
@@ -48,9 +49,17 @@ def compared(losses: list[Any], columns: list[Tensor], labels: Any = None) -> No
         torch.testing.assert_close(ours, theirs, atol=1e-11, rtol=1e-11)
 
 
+@pytest.fixture(params=["auto", "ref"])
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One width the short way of a CPU, and by the kernel as several widths are."""
+    monkeypatch.setenv("EMBKIT_KERNELS", request.param)
+
+
 @pytest.mark.parametrize("negatives", [0, 2])
 @pytest.mark.parametrize("partition", ["joint", "per_direction"])
-def test_ranking_in_every_direction_and_hardness(negatives: int, partition: str) -> None:
+def test_ranking_in_every_direction_and_hardness(
+    negatives: int, partition: str, kernels: None
+) -> None:
     for rows in (1, 6):
         columns = randn(2 + negatives, rows, width=8)
         for chosen in directions() if FULL else [*directions()[:2], *directions()[-2:]]:
@@ -83,7 +92,7 @@ def second_rank(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("partition", ["joint", "per_direction"])
-def test_ranking_gathered_over_devices(partition: str, second_rank: None) -> None:
+def test_ranking_gathered_over_devices(partition: str, second_rank: None, kernels: None) -> None:
     columns = randn(4, 5, width=8)
     for chosen in directions():
         if partition == "per_direction" and set(chosen) & {"query_to_query", "doc_to_doc"}:
@@ -117,6 +126,55 @@ def test_guided_and_cached_gathered_over_devices(
         (theirs, their_grad), (ours, our_grad) = values
         assert ours == pytest.approx(theirs, rel=2e-5)
         assert (our_grad - their_grad).norm() <= 2e-5 * their_grad.norm()
+
+
+@pytest.mark.parametrize("mode", MODES, ids=lambda mode: mode[0])
+def test_ranking_in_chunks_of_rows(
+    mode: tuple[str | None, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 20 rows the chunks have 16 and 4."""
+    monkeypatch.setattr(dense, "_CHUNK", 1)
+    columns = randn(4, 20, width=8)
+    options = dict(
+        directions=("query_to_doc", *OTHERS), hardness_mode=mode[0], hardness_strength=mode[1]
+    )
+    made = (m.MultipleNegativesRankingLoss for m in (st, ek))
+    compared([loss(nn.Module(), **options) for loss in made], columns)
+
+
+def test_ranking_keeps_the_loss_of_easy_rows(kernels: None) -> None:
+    """log-sum-exp less logit, as in the original, has nothing left of it in float32."""
+    q = torch.eye(6)[:5]
+    columns = [q, q + 0.01 * torch.arange(30.0).reshape(5, 6).sin()]
+    loss = ek.MultipleNegativesRankingLoss(nn.Module(), scale=20.0)
+    exact = loss.compute_loss_from_embeddings([c.double() for c in columns], None).item()
+    assert 0 < exact < 1e-7
+    assert loss.compute_loss_from_embeddings(columns, None).item() == pytest.approx(exact, rel=1e-4)
+
+
+def test_ranking_of_zero_vectors_and_other_dtypes(kernels: None) -> None:
+    columns = [column.bfloat16() for column in randn(3, 6)]
+    columns[1][2] = 0
+    loss = ek.MultipleNegativesRankingLoss(nn.Module(), directions=("query_to_doc", *OTHERS))
+    leaves = [column.clone().requires_grad_() for column in columns]
+    value = loss.compute_loss_from_embeddings(leaves, None)
+    value.backward(retain_graph=True)
+    once = [leaf.grad.clone() for leaf in leaves]
+    (2 * value).backward()
+    assert value.dtype == torch.float32 and torch.isfinite(value)
+    for leaf, first in zip(leaves, once, strict=True):
+        assert leaf.grad.dtype == torch.bfloat16 and torch.isfinite(first).all()
+        torch.testing.assert_close(leaf.grad, 3 * first, rtol=2e-2, atol=1e-6)
+    assert not leaves[1].grad[2].any()
+    with torch.no_grad():
+        assert loss.compute_loss_from_embeddings(columns, None).item() == value.item()
+
+
+def test_ranking_of_columns_of_other_lengths_is_refused() -> None:
+    q, p = randn(2, 6)
+    loss = ek.MultipleNegativesRankingLoss(nn.Module())
+    with pytest.raises(ValueError, match="6, 6, 4"):
+        loss.compute_loss_from_embeddings([q, p, p[:4]], None)
 
 
 def test_ranking_with_a_similarity_of_its_own() -> None:

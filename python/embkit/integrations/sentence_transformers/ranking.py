@@ -7,7 +7,8 @@ none. Each direction is a log-sum-exp over its candidates less the positive's lo
                     the positive pair once more
     per_direction   mean over directions of log(1 + e^X)
 
-Rows: B queries of this rank, W of all ranks, N = W (1 + negatives) documents, K widths.
+Rows: B queries of this rank, W of all ranks, N = W (1 + negatives) documents, K widths. One width
+on a CPU takes the shorter way of dense.py, unless EMBKIT_KERNELS names an implementation.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ from sentence_transformers.sentence_transformer import losses as st
 from sentence_transformers.util import all_gather_with_grad, cos_sim, get_rank
 from torch import Tensor
 
+from embkit.integrations.sentence_transformers.dense import dense_loss, plan_of
 from embkit.integrations.sentence_transformers.widths import Fused, Widths
-from embkit.kernels import infonce
+from embkit.kernels import _dispatch, infonce
 from embkit.kernels._common import accumulate_dtype, resolve_dims
 from embkit.kernels.infonce.op import infonce_rows
 from embkit.kernels.infonce.problem import Problem
@@ -93,10 +95,17 @@ def ranking_loss(settings: Any, embeddings: Sequence[Tensor], widths: Widths) ->
         embeddings: queries, positives, then columns of negatives, [B, D] each.
 
     Raises:
-        ValueError: fewer than two columns, or a width that they do not have.
+        ValueError: fewer than two columns, columns of other lengths, or a width that they do not
+            have.
     """
     if len(embeddings) < 2:
         raise ValueError(f"Expected at least 2 embeddings, got {len(embeddings)}")
+    if len({column.shape[0] for column in embeddings}) > 1:
+        lengths = ", ".join(str(column.shape[0]) for column in embeddings)
+        raise ValueError(f"Columns of one batch have as many rows each, not {lengths}")
+    one = widths.dims is None or len(widths.dims) == 1
+    if one and embeddings[0].device.type == "cpu" and _dispatch.requested() == "auto":
+        return _dense(settings, embeddings, widths)
     batch = _Batch(settings, embeddings)
     joint = settings.partition_mode == "joint"
     directions: tuple[str, ...] = settings.directions
@@ -113,6 +122,26 @@ def ranking_loss(settings: Any, embeddings: Sequence[Tensor], widths: Widths) ->
     if batch.alone:  # a pair without candidates: every column has a gradient all the same, of 0
         loss = loss + 0 * torch.stack([column.sum() for column in embeddings]).sum()
     return loss
+
+
+def _dense(settings: Any, embeddings: Sequence[Tensor], widths: Widths) -> Tensor:
+    """The loss of one width by dense.py."""
+    dims, _ = resolve_dims(widths.dims, embeddings[0].shape[1])
+    if widths.dims is not None:
+        embeddings = [column[:, : dims[0]] for column in embeddings]
+    queries, columns, first = embeddings[0], list(embeddings[1:]), 0
+    rows = queries.shape[0]
+    if settings.gather_across_devices:
+        if settings.directions != ("query_to_doc",):
+            queries = all_gather_with_grad(queries)
+        columns = [all_gather_with_grad(column) for column in columns]
+        first = get_rank() * rows
+    plan = plan_of(
+        settings, rows=rows, world=columns[0].shape[0], columns=len(columns), first=first,
+        queries=queries.shape[0],
+    )  # fmt: skip
+    loss = dense_loss(plan, [queries, *columns])
+    return loss if widths.weights is None else loss * widths.weights[0]
 
 
 class _Batch:

@@ -437,6 +437,9 @@ class Plan:
     def part(self, step: int) -> _Part:
         """Task of a step, that task's batches before, its epoch, and the place in the epoch."""
 
+    def tasks_of(self, first: int, count: int) -> _U32:
+        """Number of the task of each of ``count`` steps; steps after the end are left out."""
+
     def examples(self, step: int) -> _U64:
         """The examples of a step [batch_size], in the order of the global batch."""
 

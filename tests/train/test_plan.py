@@ -98,6 +98,19 @@ def test_plan_is_a_function_of_seed_and_step() -> None:
     assert [plan_of(1).part(s) for s in range(64)] != [plan_of(0).part(s) for s in range(64)]
 
 
+@pytest.mark.parametrize("rules", [{}, {"exhausted": "drop", "epochs": 2}])
+def test_tasks_of_many_steps_are_those_of_each(rules: dict[str, object]) -> None:
+    """Over ends of blocks and mixtures, and of the plan."""
+    plan = plan_of(**rules)
+    end = plan.steps or 100
+    each = [plan.part(step)[0] for step in range(end)]
+    for first, count in ((0, end), (5, 7), (31, 40), (end - 3, 3)):
+        assert plan.tasks_of(first, count).tolist() == each[first : first + count]
+    if plan.steps is not None:
+        assert plan.tasks_of(end - 2, 50).tolist() == each[-2:]
+        assert plan.tasks_of(end + 1, 5).tolist() == []
+
+
 def test_rows_do_not_depend_on_the_other_tasks() -> None:
     alone, mixed = _rust.Plan(0, tasks((103, 1)), 8), plan_of()
     ordinals = [(s, mixed.part(s)[1]) for s in range(200) if mixed.part(s)[0] == 0]

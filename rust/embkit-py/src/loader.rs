@@ -94,6 +94,16 @@ impl Plan {
         short(py, || Ok(part(self.inner.part(step)?)))
     }
 
+    /// Task of each of `count` steps from `first` on; steps after the end are left out.
+    fn tasks_of<'py>(
+        &self,
+        py: Python<'py>,
+        first: u64,
+        count: u64,
+    ) -> PyResult<Bound<'py, PyArray1<u32>>> {
+        Ok(array(py, short(py, || self.inner.tasks_of(first, count))?))
+    }
+
     /// The examples of a step, in the order of the global batch.
     fn examples<'py>(&self, py: Python<'py>, step: u64) -> PyResult<Bound<'py, PyArray1<u64>>> {
         Ok(array(py, short(py, || Ok(self.inner.examples(&self.inner.part(step)?)))?))

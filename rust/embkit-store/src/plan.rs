@@ -227,6 +227,25 @@ impl Plan {
         Ok(Part { step, task, ordinal, epoch, place })
     }
 
+    /// Task of each of `count` steps from `first` on; steps after the end are left out.
+    ///
+    /// What `part` says of them, with the order of a block made once.
+    pub fn tasks_of(&self, first: u64, count: u64) -> Result<Vec<u32>> {
+        let end = first.saturating_add(count).min(self.steps.unwrap_or(u64::MAX));
+        let mut tasks: Vec<u32> = Vec::new();
+        let mut step = first;
+        while step < end {
+            let (segment, block, place) = self.find(step)?;
+            let order = self.order(segment, block);
+            let wanted = usize::try_from(end - step).unwrap_or(usize::MAX);
+            let known = tasks.len();
+            let rest = order.iter().skip(place).take(wanted);
+            tasks.extend(rest.map(|task| u32::try_from(*task).unwrap_or(u32::MAX)));
+            step += (tasks.len() - known) as u64;
+        }
+        Ok(tasks)
+    }
+
     /// Batches of each task in the steps before `step`: the cursors of a checkpoint.
     ///
     /// Errors: `Usage` for a step beyond the end (the end itself is allowed).

@@ -139,12 +139,16 @@ class SingleTaskBatchSampler(st.MultiDatasetDefaultBatchSampler):
         least = sum(groups) * _LEAST_SHARE
         tasks = [(str(i), n, max(n, least)) for i, n in enumerate(groups) if n]
         plan = _rust.Plan((self.seed or 0) + self.epoch, tasks, 1, exhausted="drop", epochs=1)
+        places = [i for i, n in enumerate(groups) if n]
         sources = [self._batches(sampler) for sampler in self.batch_samplers]
-        for step in range(plan.steps or 0):
-            place = int(tasks[plan.part(step)[0]][0])
-            batches = list(islice(sources[place], self.world_size))
-            if len(batches) == self.world_size:  # a sampler may have promised more than it gives
-                yield from ([row + first[place] for row in batch] for batch in batches)
+        for task in plan.tasks_of(0, plan.steps or 0).tolist():
+            place = places[task]
+            batches, shift = list(islice(sources[place], self.world_size)), first[place]
+            if len(batches) < self.world_size:  # a sampler may have promised more than it gives
+                continue
+            if shift:
+                batches = [[row + shift for row in batch] for batch in batches]
+            yield from batches
 
     def __len__(self) -> int:
         """Batches of all ranks together."""
@@ -158,5 +162,6 @@ class SingleTaskBatchSampler(st.MultiDatasetDefaultBatchSampler):
 
     def _batches(self, sampler: Any) -> Iterator[list[int]]:
         """Those that make steps: accelerate loses a step that ends with a short batch."""
-        whole = sampler.batch_size if self.world_size > 1 else 1
-        return (batch for batch in sampler if len(batch) >= whole)
+        if self.world_size == 1:
+            return iter(sampler)
+        return (batch for batch in sampler if len(batch) >= sampler.batch_size)

@@ -91,10 +91,12 @@ def tokenize(
     """Turn records into a store of token shards and example tables."""
     from embkit import data, pipeline
     from embkit.data.records import as_directory
+    from embkit.data.sources import written_in
 
     chosen = settings_of(settings, set_)
     source = as_directory(data.read(records, **pipeline.read_options(chosen)), out)
-    options = pipeline.tokenizer_options(chosen, pipeline.kinds_of(source))
+    written = written_in(source.dir)
+    options = pipeline.tokenizer_options(chosen, pipeline.kinds_of(source), written)
     data.tokenize(source, out=out, **options)
     wrote(out)
 

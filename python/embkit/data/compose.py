@@ -21,6 +21,7 @@ from embkit.container import read_manifest
 from embkit.data.loader import KIND, Store, as_store
 from embkit.data.records import as_directory
 from embkit.data.tables import Array, Examples, concatenate
+from embkit.data.task_texts import TASK_TEXT
 from embkit.data.tokenize import Use, tokenize, uses_of
 from embkit.errors import UsageError, nearest
 from embkit.progress import bar
@@ -230,6 +231,13 @@ def _task_prompts(stores: Sequence[Store]) -> dict[str, dict[str, str]]:
                     where=s.path,
                     fix="tokenize its records with those prompts (embkit.data.append does so when "
                     "it is given records), or under another task name",
+                )
+            if any(TASK_TEXT in prompt for _, prompt in uses) and len(stores) > 1:
+                raise UsageError(
+                    f"The queries of task {name!r} have prompts of their own, and the store does "
+                    "not say which.",
+                    where=s.path,
+                    fix="tokenize all records together",
                 )
             if name in s.task_prompts:
                 found.setdefault(name, s.task_prompts[name])

@@ -15,13 +15,16 @@ from pathlib import Path
 from typing import Any
 
 from embkit import _rust
+from embkit.container import read_manifest
 from embkit.data.convert import Counts, classes, convert
 from embkit.data.tables import KINDS, task_name
+from embkit.data.task_texts import key
 from embkit.errors import CorruptError, UsageError, nearest
 from embkit.recipe.tasks import RULES, Conversion, Task
 
 JSONL = (".jsonl", ".jsonl.zst", ".jsonl.gz", ".ndjson", ".ndjson.zst", ".ndjson.gz")
 SUFFIXES = (*JSONL, ".parquet")
+_QUERY = ("query", "anchor", "question", "query_text", "instruction")  # by rank, as in Rust
 _BATCH = 2048  # rows handed to Rust at once
 _BLOCK = 4 << 20  # ... or, as JSON lines, bytes
 
@@ -127,6 +130,28 @@ def classes_of(source: Source) -> dict[str, str]:
     """The class of each text of a labelled set that is converted."""
     assert source.conversion is not None
     return classes(_rows(source), source.conversion)
+
+
+def written_in(directory: Path) -> list[Source]:
+    """The rows of records that a language model has written, as a source."""
+    manifest = read_manifest(directory)
+    path = directory / "examples.jsonl"
+    return [
+        Source("jsonl", of["name"], of["task"], of["kind"], path)
+        for of in manifest["sources"]
+        if path.is_file()
+    ]
+
+
+def task_texts_of(source: Source) -> dict[str, str]:
+    """The column ``task_text`` of a source, by query; of equal queries the first one's."""
+    found: dict[str, str] = {}
+    for row in _rows(source):
+        said = (row or {}).get("task_text")
+        query = next(((row or {})[n] for n in _QUERY if n in (row or {})), None)
+        if isinstance(said, str) and isinstance(query, str) and said.strip():
+            found.setdefault(key(query), " ".join(said.split()))
+    return found
 
 
 def _named_apart(sources: list[Source]) -> list[Source]:

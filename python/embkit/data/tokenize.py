@@ -21,6 +21,7 @@ from embkit.data import vocabulary
 from embkit.data.loader import KIND, Store
 from embkit.data.records import Records, as_directory
 from embkit.data.tables import Array, Examples
+from embkit.data.task_texts import TASK_TEXT, fill
 from embkit.errors import UsageError, nearest
 from embkit.progress import bar, say
 from embkit.stage import stage
@@ -39,6 +40,7 @@ def tokenize(
     max_length_passage: int = 96,
     prompts: Mapping[str, str] | None = None,
     task_prompts: Mapping[str, Mapping[str, str]] | None = None,
+    task_texts: Mapping[str, str] | None = None,
     prompt_dropout: bool = False,
     end_token: str = "",
     on_long: str = "truncate",
@@ -55,7 +57,9 @@ def tokenize(
         max_length_query, max_length_passage: tokens kept, special tokens included.
         prompts: text before a query or passage, ``{"query": "", "passage": ""}``.
         task_prompts: per task what takes the place of ``prompts``: ``query`` and ``passage`` of a
-            retrieval task, ``text`` of the others.
+            retrieval task, ``text`` of the others. A query's may have ``{task_text}``.
+        task_texts: by query, what takes its place. A query that has none, or one of more than half
+            of the query's tokens, takes ``prompts``; both are counted.
         prompt_dropout: keep every text without its prompt too, for training that leaves prompts
             out at random.
         end_token: a token of the vocabulary to put behind each text, e.g. ``"<|endoftext|>"``; the
@@ -76,6 +80,11 @@ def tokenize(
     wrong = set(prompts) - {"query", "passage"}
     if wrong:
         raise UsageError(f"Unknown prompt {sorted(wrong)}.", fix="the roles are query and passage")
+    if any(TASK_TEXT in prompt for prompt in prompts.values()):
+        raise UsageError(
+            f"{TASK_TEXT} is said by the rows of a task, and this prompt is that of all.",
+            fix="put it into tasks.NAME.description or tasks.NAME.prompt_query",
+        )
     if min(max_length_query, max_length_passage) < 3:
         raise UsageError("A text needs room for 3 tokens.", fix="raise max_length_*")
     given = vocabulary.load_tokenizer(tokenizer) if tokenizer is not None else None
@@ -88,9 +97,13 @@ def tokenize(
         "max_length": {"query": max_length_query, "passage": max_length_passage},
         "prompts": {role: prompts.get(role, "") for role in ("query", "passage")},
     }
+    own = dict(task_texts or {})
     if task_prompts:
         _check_task_prompts(task_prompts, records)
         params["task_prompts"] = {task: dict(sides) for task, sides in task_prompts.items()}
+        if any(TASK_TEXT in sides.get("query", "") for sides in task_prompts.values()):
+            said = json.dumps(own, sort_keys=True).encode()  # ASCII: a half of a character too
+            params["task_texts"] = _rust.blake3(said)
     if prompt_dropout:
         params["prompt_dropout"] = True
     if end_token and given is None:  # of a tokenizer that is given, its digest says it
@@ -101,7 +114,7 @@ def tokenize(
         out, name="tokenize", params=params, inputs=[records.dir], kind=KIND, fresh=fresh
     ) as work:
         if not work.done:
-            _run(records, given, params, work, backend)
+            _run(records, given, params, work, backend, own)
     return Store(out)
 
 
@@ -110,7 +123,10 @@ def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
         raise UsageError(f"Unknown {name} = {value!r}; {nearest(value, known)}")
 
 
-def _run(records: Records, given: Any, params: dict[str, Any], work: Any, backend: str) -> None:
+def _run(
+    records: Records, given: Any, params: dict[str, Any], work: Any, backend: str,
+    task_texts: Mapping[str, str],
+) -> None:  # fmt: skip
     texts = records.texts
     tables = records.tasks()
     if not sum(map(len, tables.values())):
@@ -128,6 +144,12 @@ def _run(records: Records, given: Any, params: dict[str, Any], work: Any, backen
     source = _sources(tables, len(texts))
     longest = max(params["max_length"].values())
     _check_room(rows.row_of, tokenizer_json, {**params["max_length"], "either": longest})
+    told = None
+    if "task_texts" in params:
+        rows, told = fill(
+            rows, texts, task_texts, tokenizer_json=tokenizer_json,
+            limit=params["max_length"]["query"], role=params["prompts"]["query"],
+        )  # fmt: skip
     limits = [params["max_length"]["query"], params["max_length"]["passage"], longest]
     with bar("Tokenize", total=len(rows.text), unit="rows") as progress:
         done = _rust.tokenize(
@@ -177,6 +199,7 @@ def _run(records: Records, given: Any, params: dict[str, Any], work: Any, backen
                 "tokens": int(done["tokens"]),
                 "truncated": int(done["truncated"]),
                 "examples": sum(t["examples"] for t in tasks),
+                **({"task_texts": told} if told else {}),
             },
         }
     )
@@ -275,6 +298,11 @@ def _check_task_prompts(given: Mapping[str, Mapping[str, str]], records: Records
                 raise UsageError(
                     f"task_prompts.{task} has {side!r}, and the task is {kinds[task]}.",
                     fix=f"its texts are {' and '.join(known)}",
+                )
+            if side != "query" and TASK_TEXT in sides[side]:
+                raise UsageError(
+                    f"task_prompts.{task}.{side} has {TASK_TEXT}, which is said of queries.",
+                    fix="put it into the prompt of a retrieval task's query",
                 )
 
 

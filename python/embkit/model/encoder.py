@@ -227,12 +227,15 @@ class Encoder(nn.Module):
     ) -> None:
         """Take over the prompts of a store; those of single tasks under the task's name.
 
-        What stands before a task's passages is called ``"TASK passage"``.
+        What stands before a task's passages is called ``"TASK passage"``. Prompts that each row
+        of the store fills in are none to serve with.
         """
         self.prompts = {**self.prompts, **prompts}
         for task, sides in task_prompts.items():
             for side, text in sides.items():
-                self.prompts[task if side != "passage" else f"{task} passage"] = text
+                if "{task_text}" not in text:
+                    name = task if side != "passage" else f"{task} passage"
+                    self.prompts[name] = text
 
     def begin_step(self, step: int) -> None:
         """Set what depends on the training step, counted from 0: the soft mask.

@@ -95,7 +95,7 @@ class Asking:
 
     def write(self) -> list[Source]:
         """Queries and labelled texts, each in a directory; as sources to read."""
-        from embkit.data.sources import Source
+        from embkit.data.sources import written_in
         from embkit.synth import write_labelled, write_queries
 
         self.llm.stage = "synth"
@@ -122,11 +122,7 @@ class Asking:
             )
         self.llm.release()
         # The source's name is who wrote it: it goes with every example.
-        return [
-            Source("jsonl", of["name"], of["task"], of["kind"], records.dir / "examples.jsonl")
-            for records in made
-            for of in records.manifest["sources"]
-        ]
+        return [source for records in made for source in written_in(records.dir)]
 
     def judge(self, records: Records) -> Records:
         """The records without the pairs that the model finds bad."""

@@ -15,6 +15,7 @@ from embkit.recipe import Recipe, Task
 
 if TYPE_CHECKING:
     from embkit.data import Records, Store
+    from embkit.data.sources import Source
     from embkit.model import Encoder
     from embkit.train import Miner
 
@@ -147,16 +148,46 @@ def filter_options(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def tokenizer_options(recipe: Recipe, kinds: Mapping[str, str]) -> dict[str, Any]:
-    """Keyword arguments of :func:`embkit.data.tokenize` for records of such tasks."""
+def task_texts(
+    recipe: Recipe, tasks: Sequence[str], written: Sequence[Source] = ()
+) -> dict[str, str]:
+    """What the rows of some tasks say in the place of ``{task_text}``, by query.
+
+    Args:
+        written: sources beside the files of the data folder.
+    """
+    from embkit.data.sources import find, task_texts_of
+
+    files = training_files(data_folder(recipe), needed=False)
+    sources = [*(find(files, task=None, kind="auto") if files else []), *written]
+    found: dict[str, str] = {}
+    for source in sources:
+        if source.task in tasks:
+            found = {**task_texts_of(source), **found}
+    return found
+
+
+def tokenizer_options(
+    recipe: Recipe, kinds: Mapping[str, str], written: Sequence[Source] = ()
+) -> dict[str, Any]:
+    """Keyword arguments of :func:`embkit.data.tokenize` for records of such tasks.
+
+    Args:
+        written: by a language model, where a prompt has what their rows say.
+    """
+    from embkit.data.task_texts import TASK_TEXT
+
     t = recipe.tokenizer
+    task_prompts = recipe.task_prompts(kinds)
+    own = [name for name, sides in task_prompts.items() if TASK_TEXT in sides.get("query", "")]
     return {
         "tokenizer": t.path or recipe.model.path,
         "vocab_size": t.vocab_size,
         "max_length_query": t.max_length_query,
         "max_length_passage": t.max_length_passage,
         "prompts": t.prompts("retrieval"),
-        "task_prompts": recipe.task_prompts(kinds),
+        "task_prompts": task_prompts,
+        **({"task_texts": task_texts(recipe, own, written)} if own else {}),
         "end_token": t.end_token,
         "prompt_dropout": any(
             train.prompt_dropout > 0

@@ -34,6 +34,7 @@ from embkit.recipe import Recipe, Train
 
 if TYPE_CHECKING:
     from embkit.data import Records, Store
+    from embkit.data.sources import Source
     from embkit.model import Encoder
     from embkit.train.parallel import Ranks
 
@@ -103,6 +104,7 @@ class Run:
     """
 
     records: Records  # of which the store is made
+    written: list[Source]  # by a language model, among these
 
     def __init__(
         self,
@@ -148,7 +150,8 @@ class Run:
             )
         if self.asking and relabelled:
             self.stage("relabel", "positives and hard negatives, by a language model")
-            ask, options = self.asking, tokenizer_options(recipe, kinds_of(self.records))
+            ask = self.asking
+            options = tokenizer_options(recipe, kinds_of(self.records), self.written)
             store, mined = self._by_first(
                 lambda: ask.relabel(pre, self.records, store, mined, relabelled, options)
             )
@@ -199,7 +202,7 @@ class Run:
         from embkit import data
 
         recipe, out = self.recipe, self.out
-        sources: list[Any] = []
+        sources: list[Source] = []
         if self.asking and recipe.synth.on:
             self.stage("synth", "queries and labelled texts, by a language model")
             sources = self.asking.write()
@@ -221,8 +224,8 @@ class Run:
             clean = self.asking.judge(clean)
 
         self.stage("tokenize", "texts to token shards")
-        self.records = clean
-        options = tokenizer_options(recipe, kinds_of(clean))
+        self.records, self.written = clean, sources
+        options = tokenizer_options(recipe, kinds_of(clean), sources)
         return data.tokenize(clean, out=out / "store", **options)
 
     def _start(self, store: Store) -> Encoder:

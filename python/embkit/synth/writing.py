@@ -224,5 +224,9 @@ def _publish(
             f"No query can be used ({said}).",
             fix="try the prompt on the model by hand; a small model needs a simpler one",
         )
-    lines = [{"query": row["query"], "positive": texts[row["passage"]]} for row in kept]
+    lines = [
+        {"query": row["query"], "positive": texts[row["passage"]],
+         **({"task_text": row["task"]} if "task" in row else {})}
+        for row in kept
+    ]  # fmt: skip
     publish_examples(work, rows, lines, task=task, prompt=prompt, llm=llm, report=report)

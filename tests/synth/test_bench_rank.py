@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 from fake import Fake
 
-from embkit.bench.synth_real import _chance, ranking, scores
+from embkit.bench.synth_real import ranking, scores
 from embkit.bench.synth_sample import Question, questions
 from embkit.demo import DATA
+from embkit.synth.relabelling import chance
 
 
 def test_ranks_count_ties_against_the_right_passage() -> None:
@@ -19,8 +20,9 @@ def test_ranks_count_ties_against_the_right_passage() -> None:
         3,
         1,
     ]
-    one = Question("a", "q", tuple("x" * i for i in range(20)), (7,), tuple(range(20)))
-    assert abs(_chance(one) - sum(1 / k for k in range(1, 21)) / 20) < 1e-12
+    assert abs(chance(20) - sum(1 / k for k in range(1, 21)) / 20) < 1e-12
+    # Two right of four: the better is first, second or third in 3, 2 and 1 of 6 orders.
+    assert abs(chance(4, 2) - (3 + 2 / 2 + 1 / 3) / 6) < 1e-12
 
 
 def test_every_question_has_its_positives_among_as_many_passages() -> None:

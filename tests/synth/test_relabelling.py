@@ -69,6 +69,15 @@ def topic(prompt: str, continuation: str) -> float:
     return {" Not": 0.0, " Somewhat": -9.0, " Highly": -9.0, " Perfectly": 5.0 - near}[continuation]
 
 
+def seed_best(prompt: str, continuation: str) -> float:
+    """Only the seed is likely, and relevant."""
+    text = prompt + continuation
+    passage = text.rsplit("Passage:", 1)[1].split()[:2]
+    query = NUMBER.search(text.rsplit("Query:", 1)[1])[1]  # type: ignore[index]
+    hit = passage == [f"w{(int(query) + 1) % 20}", f"w{query}"]
+    return float(hit) * (9 if "Perf" in continuation or "Not" not in continuation else -9)
+
+
 def test_fusion_is_that_of_the_paper() -> None:
     ql, rc = np.array([-1.0, -2.0, -3.0, -3.0]), np.array([0.2, 0.9, 0.5, 0.5])
     # Ranks 1 2 3 4 and 4 1 2 3: ties stay in their order.
@@ -108,16 +117,24 @@ def test_the_best_becomes_the_positive_and_the_last_the_negative(
     assert scores["text_id"][:40][order[-1]] == texts.text_id[int(table.negative[0])]
 
 
+def test_a_relevance_that_ranks_as_chance_does_is_said_aloud(
+    records: Any, encoder: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def no_idea(prompt: str, continuation: str) -> float:
+        return seed_best(prompt, continuation) if "Query:" in prompt.rsplit("\n", 1)[1] else -1.0
+
+    run = partial(relabel, records, model=encoder, how=Relabel(candidates=10))
+    for score, said in ((seed_best, False), (no_idea, True)):
+        done = run(llm=Fake(None, score), out=tmp_path / score.__name__)
+        mrr = done.report["tasks"]["pairs"]["mrr"]
+        assert mrr["chance"] == round(sum(1 / k for k in range(1, 11)) / 10, 6)
+        assert mrr["likelihood"] == 1.0 and mrr["relevance"] == (0.1 if said else 1.0)
+        assert ("--relevance yes-no" in capsys.readouterr().out) == said
+
+
 def test_the_seed_is_among_the_candidates_however_far_it_is(
     records: Any, encoder: Any, tmp_path: Path
 ) -> None:
-    def seed_best(prompt: str, continuation: str) -> float:
-        text = prompt + continuation
-        passage = text.rsplit("Passage:", 1)[1].split()[:2]
-        query = NUMBER.search(text.rsplit("Query:", 1)[1])[1]  # type: ignore[index]
-        hit = passage == [f"w{(int(query) + 1) % 20}", f"w{query}"]
-        return float(hit) * (9 if "Perf" in continuation or "Not" not in continuation else -9)
-
     how = Relabel(candidates=2)
     done = relabel(records, model=encoder, llm=Fake(None, seed_best), out=tmp_path / "r", how=how)
     report = done.report["tasks"]["pairs"]

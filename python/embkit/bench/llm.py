@@ -7,6 +7,7 @@ plain bf16 checkpoint beside it. Nothing but packages is fetched.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import socket
 import subprocess
@@ -32,6 +33,19 @@ def home() -> Path:
     """The folder of `make llm`; EMBKIT_LLM_HOME names another than the cache's."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return Path(os.environ.get("EMBKIT_LLM_HOME") or cache / "embkit" / "llm")
+
+
+def gguf_file() -> Path:
+    """The model's GGUF file: of the package in this environment, else of `make llm`.
+
+    Raises:
+        NotInstalled: there is none.
+    """
+    found = importlib.util.find_spec(_PACKAGE)
+    for folder in (found.submodule_search_locations or ()) if found else ():
+        if (Path(folder) / _FILE).is_file():
+            return Path(folder) / _FILE
+    return _gguf(home() / "env" / "bin" / "python")
 
 
 def directory() -> Path:

@@ -28,7 +28,7 @@ from embkit.data import read, tokenize
 from embkit.data.sources import read_jsonl
 from embkit.synth import Judge, Relabel, Write, judge, relabel, write_queries
 
-_VERSION = 1
+_VERSION = 2
 ARMS = ("seed", "relabelled", "relabelled+negative", "judged+negative")
 
 
@@ -44,7 +44,7 @@ class Size:
 
     passages: int = 500
     candidates: int = 20
-    shard: int = 100
+    shard: int = 250
     seeds: tuple[int, ...] = SEEDS
     steps: int = 40
     batch: int = 128
@@ -73,8 +73,8 @@ class Chain:
         return texts
 
     def queries(self) -> Any:
-        """Queries by the model, by Gecko's prompt."""
-        how = Write(shard=20, max_rejected=0.5)
+        """Queries by the model, by Gecko's prompt for small ones, greedy: see docs/synth.md."""
+        how = Write(prompt="gecko-lines", temperature=0.0, shard=50, max_rejected=0.5)
         return write_queries(self.passages, llm=self.llm, out=self.home / "queries", how=how)
 
     def relabelled(self, negative: bool) -> Any:

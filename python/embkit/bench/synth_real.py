@@ -22,6 +22,7 @@ from embkit.bench.llm import real_model
 from embkit.bench.synth_sample import WORDS, Question, questions
 from embkit.synth import fuse
 from embkit.synth.prompts import load, plain
+from embkit.synth.relabelling import chance
 from embkit.synth.score import graded, query_likelihoods
 from embkit.synth.shards import Row, run_shards
 
@@ -95,7 +96,7 @@ def ranking(name: str, asked: Sequence[Question], found: dict[str, list[Row]]) -
     main, *others = found
     facts: dict[str, Any] = {
         "questions": len(asked), "candidates": len(asked[0].passages), "words": WORDS,
-        "chance": round(float(np.mean([_chance(q) for q in asked])), 3),
+        "chance": round(float(np.mean([chance(len(q.passages), len(q.right)) for q in asked])), 3),
         "sets": {who: _by_set(_match(asked, len(r)), r) for who, r in ranks.items()},
         "first": {who: round(float(np.mean([r == 1 for r in rs])), 3) for who, rs in ranks.items()},
     }  # fmt: skip
@@ -124,16 +125,6 @@ def ranking(name: str, asked: Sequence[Question], found: dict[str, list[Row]]) -
 
 def _mrr(ranks: Sequence[int]) -> float:
     return float(np.mean([1 / rank for rank in ranks]))
-
-
-def _chance(question: Question) -> float:
-    """Expected reciprocal rank of the best right passage in random order, by counting."""
-    n, k = len(question.passages), len(question.right)
-    total, left = 0.0, 1.0
-    for rank in range(1, n - k + 2):
-        here = left * k / (n - rank + 1)
-        total, left = total + here / rank, left - here
-    return total
 
 
 def _match(asked: Sequence[Question], count: int) -> list[Question]:

@@ -12,7 +12,7 @@ from embkit import _rust
 from embkit.data.records import publish_records
 from embkit.data.tables import Examples, concatenate, from_builder
 from embkit.errors import CorruptError, UsageError, nearest
-from embkit.synth.llm import LLM, Completion
+from embkit.synth.llm import LLM, STOP, Completion
 from embkit.synth.parse import Invalid, read_answer
 from embkit.synth.prompts import Prompt, Step
 from embkit.synth.shards import Row, finish, forget
@@ -33,12 +33,13 @@ def ask(
         The answers of the rows that were asked, in order.
     """
     live = [i for i, row in enumerate(rows) if not row["reason"]]
+    form: dict[str, Any] = {"stop": (STOP,)} if step.lines else {"schema": step.schema(controls)}
     answers = llm.generate(
         [step.render(values[i]) for i in live],
         max_tokens=step.max_tokens,
         temperature=temperature,
         seeds=[rows[i]["seed"] % (1 << 31) for i in live],
-        schema=step.schema(controls),
+        **form,
     )
     for i, answer in zip(live, answers, strict=True):
         rows[i]["tokens"][0] += answer.prompt_tokens
@@ -49,7 +50,7 @@ def ask(
         if step.items:
             continue
         try:
-            found, mended = read_answer(answer.text, step, options[i])
+            found, mended = read_answer(answer.text, step, options[i], cut=answer.cut)
         except Invalid as error:
             refuse(rows[i], answer, error)
             continue

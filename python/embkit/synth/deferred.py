@@ -139,12 +139,14 @@ class Deferred:
         temperature: float = 0.0,
         seeds: Sequence[int] | None = None,
         schema: Mapping[str, Any] | None = None,
+        stop: Sequence[str] = (),
     ) -> list[Completion]:
         """See :class:`embkit.synth.LLM`."""
         with self._counting():
             return self.llm.generate(
-                prompts, max_tokens=max_tokens, temperature=temperature, seeds=seeds, schema=schema
-            )
+                prompts, max_tokens=max_tokens, temperature=temperature, seeds=seeds,
+                schema=schema, **({"stop": stop} if stop else {}),
+            )  # fmt: skip
 
     def loglikelihood(self, pairs: Sequence[tuple[str, str]]) -> list[Likelihood]:
         """See :class:`embkit.synth.LLM`."""

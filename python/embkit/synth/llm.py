@@ -19,6 +19,8 @@ GENERATE = "generate"
 LOGLIKELIHOOD = "loglikelihood"  # of a whole continuation
 FIRST_TOKEN = "first_token"  # the likeliest first tokens of an answer only
 
+STOP = "\n\n"  # ends an answer in lines
+
 
 class BackendError(EmbkitError):
     """The backend as a whole does not answer; what is done is kept. Exit code 4."""
@@ -142,6 +144,7 @@ class LLM(Protocol):
         temperature: float = 0.0,
         seeds: Sequence[int] | None = None,
         schema: Mapping[str, Any] | None = None,
+        stop: Sequence[str] = (),
     ) -> list[Completion]:
         """Answer prompts.
 
@@ -151,6 +154,7 @@ class LLM(Protocol):
             temperature: 0 takes the likeliest token each time.
             seeds: one per prompt, for a temperature above 0; 0 by default.
             schema: JSON schema of the answer, for servers that can enforce one.
+            stop: texts that end an answer and are no part of it; given for prompts in lines only.
         """
 
     def loglikelihood(self, pairs: Sequence[tuple[str, str]]) -> list[Likelihood]:

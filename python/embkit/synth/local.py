@@ -59,6 +59,7 @@ class Local:
         if token_budget < 1:
             raise UsageError(f"token_budget = {token_budget} is not positive.")
         self._path: Path | None = None
+        self._gguf = gguf
         if isinstance(model, (str, Path)):
             from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -105,7 +106,7 @@ class Local:
         from embkit.stage import digest_of
 
         if self._path is not None:
-            return digest_of(self._path)
+            return digest_of(self._path / self._gguf if self._gguf else self._path)
         parts = [
             f"{name} {_rust.blake3(tensor.detach().cpu().float().numpy().tobytes())}"
             for name, tensor in sorted(self.model.state_dict().items())
@@ -289,6 +290,7 @@ class Local:
         temperature: float = 0.0,
         seeds: Sequence[int] | None = None,
         schema: Mapping[str, Any] | None = None,
+        stop: Sequence[str] = (),
     ) -> list[Completion]:
         """See :class:`embkit.synth.LLM`; a schema is not enforced.
 
@@ -315,9 +317,11 @@ class Local:
                 temperature,
                 drawn,
                 json=(schema or {}).get("type") == "object",
+                stop=stop,
             )
             for i, (tokens, ended) in zip(batch, texts, strict=True):
                 text = self.tokenizer.decode(tokens, skip_special_tokens=True)
+                text = text[: _first(text, stop)]
                 self.usage.add(completion=len(tokens))
                 out[i] = Completion(
                     text=text, reason="" if text.strip() else "empty", cut=not ended,
@@ -354,7 +358,7 @@ class Local:
 
     def _decode(
         self, rows: Sequence[Sequence[int]], past: Sequence[tuple[Any, Any]], before: int,
-        max_tokens: int, temperature: float, seeds: Sequence[int], json: bool,
+        max_tokens: int, temperature: float, seeds: Sequence[int], json: bool, stop: Sequence[str],
     ) -> list[tuple[list[int], bool]]:  # fmt: skip
         """Continue rows; each with the tokens up to its end, and whether it ended."""
         n, longest = len(rows), max(map(len, rows))
@@ -382,14 +386,22 @@ class Local:
                 ended[i] = ended[i] or token in self._ends
                 if not ended[i]:
                     found[i].append(token)
-                    if json and "}" in self.tokenizer.decode([token]):
+                    piece = self.tokenizer.decode([token])
+                    if json and "}" in piece:
                         ended[i] = has_object(self.tokenizer.decode(found[i]))
+                    if any(mark[-1] in piece for mark in stop):
+                        ended[i] = _first(self.tokenizer.decode(found[i]), stop) is not None
             if all(ended):
                 break
             ids = torch.tensor(tokens, device=device)[:, None]
             mask = torch.cat([mask, mask.new_ones(n, 1)], 1)
             place = place[:, -1:] + 1
         return list(zip(found, ended, strict=True))
+
+
+def _first(text: str, marks: Sequence[str]) -> int | None:
+    """Where the first of some marks begins in a text, if one does."""
+    return min((at for mark in marks if (at := text.find(mark)) >= 0), default=None)
 
 
 def has_object(text: str) -> bool:

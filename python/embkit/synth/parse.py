@@ -1,4 +1,4 @@
-"""The answers of a model: JSON of a fixed form, mended where that is certain, else refused."""
+"""The answers of a model: JSON or lines of a fixed form, mended where certain, else refused."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from embkit.synth.prompts import Step
+from embkit.synth.prompts import Step, title
 
 _NUMBER = re.compile(r"^\s*(?:\d+[.)]|[-*•])\s+")
 _COMMA = re.compile(r",(\s*[}\]])")
@@ -26,7 +26,7 @@ class Invalid(Exception):
 
 
 def read_answer(
-    text: str, step: Step, options: Mapping[str, Sequence[str]]
+    text: str, step: Step, options: Mapping[str, Sequence[str]], *, cut: bool = False
 ) -> tuple[dict[str, str], bool]:
     """The fields of an answer.
 
@@ -34,15 +34,17 @@ def read_answer(
         text: what the model wrote.
         step: the form that was asked for.
         options: of fields with options, by the name of the control.
+        cut: the text stopped at its token limit.
 
     Returns:
         The fields, nothing else of the answer, and whether it had to be mended.
 
     Raises:
-        Invalid: ``not_json``, ``schema`` (a field is missing or no text), ``length``, ``option``
-            (not among the options) or ``example`` (a copy of an example's answer).
+        Invalid: ``not_json``, ``schema`` (a field is missing or no text), ``cut`` (of lines, the
+            last one), ``length``, ``option`` (not among the options) or ``example`` (a copy of an
+            example's answer).
     """
-    found, mended = read_object(text)
+    found, mended = read_lines(text, step, cut) if step.lines else read_object(text)
     out: dict[str, str] = {}
     for name, field in step.fields.items():
         value = found.get(name)
@@ -64,6 +66,26 @@ def read_answer(
         if any(not f.of and _key(str(shot[n])) == _key(out[n]) and n != "task"
                for n, f in step.fields.items()):  # fmt: skip
             raise Invalid("example")
+    return out, mended
+
+
+def read_lines(text: str, step: Step, cut: bool) -> tuple[dict[str, Any], bool]:
+    """The fields of an answer in lines, in their order; what comes after the last is left.
+
+    Mended is a name before the first, which the prompt has said already.
+    """
+    out: dict[str, Any] = {}
+    mended, rest = False, text.lstrip()
+    for name in step.fields:
+        line, end, rest = rest.partition("\n")
+        said, colon, value = line.partition(":")
+        named = bool(colon) and _key(said) == _key(title(name))
+        if out and not named:
+            raise Invalid("cut" if cut and not end else "schema")
+        mended = mended or (named and not out)
+        out[name] = (value if named else line).strip()
+    if cut and not end:
+        raise Invalid("cut")  # its last field would be a piece
     return out, mended
 
 

@@ -56,6 +56,8 @@ class Step:
             number is a variable, ``{items}``.
         tail: share of a list that is used, from its end: what a model says first it always says.
         one_line: put every text on one line, so that it cannot look like a line of the prompt.
+        lines: the answer is a line for each field in place of JSON, ``Name: text``, and ends with
+            an empty one. The item ends with the name of the first. What small models keep to.
     """
 
     instructions: str
@@ -68,8 +70,14 @@ class Step:
     items: int = 0
     tail: float = 1.0
     one_line: bool = False
+    lines: bool = False
 
     def __post_init__(self) -> None:
+        require(
+            not self.lines or bool(self.fields and not self.items),
+            "Only fields that are no list are answered in lines.",
+            "leave out lines = true",
+        )
         require(
             self.items >= 0 and 0 < self.tail <= 1,
             f"items = {self.items}, tail = {self.tail}: one is out of range.",
@@ -124,6 +132,10 @@ class Step:
             return str(shot["label"])
         if self.items:
             return json.dumps({n: list(shot[n]) for n in self.fields}, ensure_ascii=False)
+        if self.lines:
+            first, *others = self.fields
+            texts = {name: plain(str(shot[name]), one_line=True) for name in self.fields}
+            return "\n".join([texts[first], *(f"{title(n)}: {texts[n]}" for n in others)])
         if self.fields:
             return json.dumps({name: str(shot[name]) for name in self.fields}, ensure_ascii=False)
         return self._fill(self.answer, shot)
@@ -137,7 +149,7 @@ class Step:
                     f"The prompt has a variable {{{match[1]}}} without a value; "
                     + nearest(match[1], values)
                 )
-            return plain(str(values[match[1]]), one_line=self.one_line)
+            return plain(str(values[match[1]]), one_line=self.one_line or self.lines)
 
         return _NAME.sub(value, template.strip())  # one pass: values are never looked into
 
@@ -321,6 +333,11 @@ def source(prompt: str | Path) -> str:
     if isinstance(prompt, str) and not prompt.endswith(".toml"):
         raise UsageError(f"Unknown prompt {prompt!r}; {nearest(prompt, names())}")
     return Path(prompt).read_text(encoding="utf-8")
+
+
+def title(name: str) -> str:
+    """How a field is called in an answer of lines."""
+    return name.replace("_", " ").capitalize()
 
 
 def plain(text: str, *, one_line: bool = False) -> str:

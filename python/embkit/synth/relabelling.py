@@ -25,7 +25,7 @@ from embkit.data.leaks import short
 from embkit.data.records import KIND, Records, as_directory, write_records
 from embkit.data.tables import Examples, Texts, offsets_of, owners
 from embkit.errors import UsageError
-from embkit.progress import bar
+from embkit.progress import bar, say
 from embkit.recipe.schema import one_of
 from embkit.search import Searcher
 from embkit.stage import stage
@@ -36,6 +36,7 @@ from embkit.synth.score import graded, query_likelihoods
 from embkit.synth.shards import Row, finish, run_shards
 
 _SAMPLES = 20
+_ENOUGH = 20  # queries from which a ranking is called no better than chance
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +92,15 @@ def fuse(
     return total
 
 
+def chance(n: int, right: int = 1) -> float:
+    """Expected reciprocal rank of the best of some right passages in a random order of n."""
+    total, left = 0.0, 1.0
+    for rank in range(1, n - right + 2):
+        here = left * right / (n - rank + 1)
+        total, left = total + here / rank, left - here
+    return total
+
+
 def relabel(
     records: Any,
     *,
@@ -109,7 +119,8 @@ def relabel(
             ``Encoder``, directory or run.
         llm: a backend; the query likelihood needs its log-likelihoods.
         out: records directory to publish, with ``relabel-TASK.safetensors`` (candidates and scores)
-            and ``report.json``.
+            and ``report.json``: among others ``mrr``, the mean reciprocal rank of the seed in each
+            ranking, beside chance. A relevance no better than chance is said aloud.
         how: settings.
         fresh: do it again even when it is done.
 
@@ -246,6 +257,7 @@ def _chosen(
     counts: Counter[str] = Counter()
     reasons: Counter[str] = Counter()
     ranks: list[int] = []
+    mrr: dict[str, list[float]] = {"likelihood": [], "relevance": [], "chance": []}
     columns: dict[str, list[float]] = {"likelihood": [], "relevance": [], "fused": []}
     draw = np.random.default_rng([how.seed, len(table)])
     for job, row in mine:
@@ -265,6 +277,10 @@ def _chosen(
             negatives.append([])
             continue
         ranks.append(1 + min(ranked.index(seed) for seed in job.seeds if seed in ranked))
+        right = np.array([job.rows[i] in job.seeds for i in ok])
+        for name, found in (("likelihood", ql), ("relevance", rc)):  # ties count against the seed
+            mrr[name].append(1 / (1 + int((found[~right] >= found[right].max()).sum())))
+        mrr["chance"].append(chance(len(ok), int(right.sum())))
         best = [ranked[0]] if how.positive == "best" else list(job.seeds)
         changed = ranked[0] not in job.seeds
         counts["judged"] += 1
@@ -283,6 +299,13 @@ def _chosen(
             report["samples"].append(about | {"seed": short(texts.get(job.seeds[0])),
                                               "best": short(texts.get(ranked[0]))})  # fmt: skip
     judged = max(counts["judged"], 1)
+    means = {name: round(float(np.mean(values)), 6) for name, values in mrr.items() if values}
+    if counts["judged"] >= _ENOUGH and means["relevance"] < 1.2 * means["chance"]:
+        say(
+            f"{table.name}: relevance ranks the seeds as chance does (mean reciprocal rank "
+            f"{means['relevance']:.2f}, chance {means['chance']:.2f}, likelihood "
+            f"{means['likelihood']:.2f}). For small models take --relevance yes-no."
+        )
     report["tasks"][table.name] = {
         "examples": len(mine), "judged": counts["judged"], "unjudged": counts["unjudged"],
         "best_is_not_seed": counts["changed"],
@@ -291,7 +314,7 @@ def _chosen(
         "rejected_candidates": dict(sorted(reasons.items())),
         "seed_rank_mean": round(float(np.mean(ranks)), 4) if ranks else None,
         "seed_mrr": round(float(np.mean([1 / r for r in ranks])), 6) if ranks else None,
-        "negatives": sum(map(len, negatives)),
+        "mrr": means, "negatives": sum(map(len, negatives)),
     }  # fmt: skip
     container.save(
         directory / f"relabel-{table.name}.safetensors",

@@ -156,6 +156,7 @@ class Server:
         temperature: float = 0.0,
         seeds: Sequence[int] | None = None,
         schema: Mapping[str, Any] | None = None,
+        stop: Sequence[str] = (),
     ) -> list[Completion]:
         """See :class:`embkit.synth.LLM`."""
 
@@ -164,6 +165,8 @@ class Server:
                 "model": self.name, "max_tokens": max_tokens, "temperature": temperature,
                 "seed": seed, "n": 1,
             }  # fmt: skip
+            if stop:
+                body["stop"] = list(stop)
             if schema is not None and self.structured:
                 body["response_format"] = {
                     "type": "json_schema",

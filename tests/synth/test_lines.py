@@ -74,7 +74,8 @@ def test_what_is_not_in_lines_is_dropped_and_counted(tmp_path: Path) -> None:
     )
     assert done.report["kept"] == 1 and done.report["dropped"] == {"cut": 1, "schema": 2}
     (line,) = (tmp_path / "q" / "examples.jsonl").read_text().splitlines()
-    assert json.loads(line) == {"query": "what do bees do", "positive": texts[0]}
+    want = {"query": "what do bees do", "positive": texts[0], "task_text": TASK}
+    assert json.loads(line) == want
 
 
 def test_an_answer_ends_before_its_mark(lm: Any) -> None:

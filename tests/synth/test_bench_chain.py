@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,8 @@ from embkit.bench.synth_chain import ARMS, Chain, Size
 
 def write(prompt: str, seed: int) -> str:
     """A query of the passage's middle words."""
-    words = prompt.rsplit("<passage>", 1)[1].split("</passage>")[0].split()
-    return json.dumps({"task": "find a passage like this", "query": " ".join(words[3:8])})
+    words = prompt.rsplit("Passage:", 1)[1].split("\n")[0].split()
+    return f" {' '.join(words[3:8])}\nTask: find a passage like this"
 
 
 def score(prompt: str, continuation: str) -> float:

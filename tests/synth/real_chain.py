@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,7 @@ def chain(
     """Queries, new positives and hard negatives, and a judge of both."""
     queries = write_queries(list(passages), llm=llm, out=out / "queries", how=write)
     found = relabel(queries, model=encoder, llm=llm, out=out / "relabelled", how=relabelling)
-    how = Judge(prompts=(grade,), shard=8, min_positive=0.5, max_negative=2.5)
+    how = Judge(prompts=(grade,), shard=64, min_positive=0.5, max_negative=2.5)
     judge(found, llm=llm, out=out / "judged", how=how)
 
 
@@ -71,6 +72,12 @@ def shards(out: Path, stage: str) -> Shards:
         lines = path.read_text().splitlines()[1:]
         found[int(path.name.split("-")[1])] = [json.loads(line) for line in lines]
     return found
+
+
+def has_shard(out: Path, stage: str) -> bool:
+    """Whether it has one; asked some times a second, for a child that computes needs the core."""
+    time.sleep(0.05)
+    return bool(shards(out, stage))
 
 
 def check_done(out: Path, done: dict[str, Shards], size: int) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from embkit.bench import Case, synth_chain, synth_real
+from embkit.bench import Case, synth_chain, synth_real, synth_write
 from embkit.synth.local import Local
 from embkit.synth.prompts import load
 from embkit.synth.score import graded, query_likelihoods
@@ -38,7 +38,7 @@ def likelihood(quick: bool) -> Case:
 
 def grades(quick: bool) -> Case:
     """Expected grades over four labels, few-shot prompt."""
-    llm, queries, passages = _work(1 if quick else 4, quick)
+    llm, queries, passages = _work(1 if quick else 2, quick)
     step = load("relevance").steps[0]
     labels = list(step.labels.items())
     prompts = [
@@ -115,4 +115,4 @@ def _random_model(texts: list[str], layers: int) -> Local:
     return Local(LlamaForCausalLM(config), tokenizer, chat=False, name="random weights")
 
 
-CASES = (likelihood, grades, *synth_real.CASES, *synth_chain.CASES)
+CASES = (likelihood, grades, *synth_real.CASES, *synth_write.CASES, *synth_chain.CASES)

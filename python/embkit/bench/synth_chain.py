@@ -54,6 +54,18 @@ class Size:
 QUICK = Size(passages=20, candidates=5, shard=20, seeds=(0,), steps=2, batch=8)
 
 
+def real_passages(data: Path, size: Size) -> list[str]:
+    """Passages of the sets alike, in the order of their hash."""
+    texts: list[str] = []
+    for at, name in enumerate(size.sets):
+        rows = read_jsonl(data / "train" / name)
+        distinct = {" ".join(str(row["positive"]).split()[:WORDS]) for row in rows}
+        fit = [text for text in distinct if len(text.split()) > 7]
+        share = (size.passages + at) // len(size.sets)
+        texts += sorted(fit, key=lambda text: part(text, 2**60))[:share]
+    return texts
+
+
 class Chain:
     """The chain's outputs in a folder, each made when it is asked for."""
 
@@ -62,15 +74,8 @@ class Chain:
 
     @cached_property
     def passages(self) -> list[str]:
-        """Passages of the sets alike, in the order of their hash."""
-        texts: list[str] = []
-        for at, name in enumerate(self.size.sets):
-            rows = read_jsonl(self.world.data / "train" / name)
-            distinct = {" ".join(str(row["positive"]).split()[:WORDS]) for row in rows}
-            fit = [text for text in distinct if len(text.split()) > 7]
-            share = (self.size.passages + at) // len(self.size.sets)
-            texts += sorted(fit, key=lambda text: part(text, 2**60))[:share]
-        return texts
+        """What queries are written for."""
+        return real_passages(self.world.data, self.size)
 
     def queries(self) -> Any:
         """Queries by the model, by Gecko's prompt for small ones, greedy: see docs/synth.md."""

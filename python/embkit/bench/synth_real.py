@@ -161,6 +161,10 @@ def _maker(hard: bool) -> Callable[[bool], Case]:
             "likelihood": scores(llm, asked, "likelihood", home, each),
             "yes-no": scores(llm, few, "yes-no", home, graded_each),
         }
+        if not hard:  # four grades, which so small a model cannot give: fewer, and dear
+            least = 1 if quick else 2
+            few = _match(asked, len(asked) * least // each)
+            found["relevance"] = scores(llm, few, "relevance", home, least)
         return ranking("synth.rank.hard" if hard else "synth.rank", asked, found)
 
     make.__name__ = "rank_hard" if hard else "rank_random"

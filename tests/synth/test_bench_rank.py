@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pytest
 from fake import Fake
 
 from embkit.bench.synth_real import ranking, scores
 from embkit.bench.synth_sample import Question, questions
+from embkit.bench.synth_write import _one
 from embkit.demo import DATA
 from embkit.synth.relabelling import chance
 
@@ -33,6 +35,26 @@ def test_every_question_has_its_positives_among_as_many_passages() -> None:
         wrong = [np.delete(np.array(q.bm25), q.right) for q in asked]
         # The best of BM25 but for the positives, or some of the pool.
         assert all((w.max() <= 8 + len(q.right)) == hard for w, q in zip(wrong, asked, strict=True))
+
+
+def test_a_query_counts_when_it_finds_its_passage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    pool = [f"passage {i} tells of subject{i} at some length" for i in range(40)]
+
+    def answer(prompt: str, seed: int) -> str:
+        number = int(prompt.rsplit("Passage: passage ", 1)[1].split()[0])
+        told = (f"what is subject{number}", f"what is subject{number - 20}", "what")[number % 3]
+        return f" {told}\nTask: find what is said of it"
+
+    found = _one(Fake(answer), pool[30:36], pool, "gecko-lines", 0.0)
+    assert found["kept"] == 6 and found["dropped"] == {}
+    # Two name their own subject, two another, two none: ties go to the first of the pool.
+    assert found["share"] == 2 / 6
+    assert _one(Fake(None), pool[30:36], pool, "gecko-lines", 0.0) == found  # kept
+    none = _one(Fake(lambda prompt, seed: "no"), pool[30:36], pool, "gecko", 0.0)
+    assert none["share"] == none["kept"] == 0
 
 
 def test_scores_are_kept_and_the_row_has_both_rankings(tmp_path: Path) -> None:

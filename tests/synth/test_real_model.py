@@ -34,7 +34,7 @@ from embkit.synth.local import Local
 from embkit.synth.prompts import load
 from embkit.synth.score import query_likelihoods
 
-pytestmark = pytest.mark.timeout(1800)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 WRITE = Write(prompt="gecko-lines", temperature=0.0, shard=10)
 N = 5
 

@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import json
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from embkit import _rust
 from embkit.bench import Case, Reported, Sample
 from embkit.bench.llm import real_model
 from embkit.bench.synth_chain import Size, real_passages
 from embkit.bench.synth_real import folder, real_data
+from embkit.errors import CorruptError
 from embkit.evaluate.bm25 import bm25_rank
 from embkit.synth import Write, write_queries
 from embkit.synth.prompts import load
@@ -54,13 +54,16 @@ def _one(llm: Any, asked: list[str], pool: list[str], prompt: str, temperature: 
     if not kept.is_file():
         begun = time.process_time()
         how = Write(prompt=prompt, temperature=temperature, shard=len(asked), max_rejected=1.0)
-        done = write_queries(asked, llm=llm, out=home, how=how)
+        ranks: list[int] = []
+        dropped: Any = "all"
+        with suppress(CorruptError):  # no query can be used
+            dropped = write_queries(asked, llm=llm, out=home, how=how).report["dropped"]
+            ranks = _ranks(home, asked, pool)
         spent = time.process_time() - begun
-        ranks = _ranks(home, asked, pool)
         row = {
             "share": sum(rank <= _FIRST for rank in ranks) / len(asked), "kept": len(ranks),
-            "dropped": done.report["dropped"], "cpu": round(spent, 1),
-            "mrr_of_kept": round(float(np.mean([1 / rank for rank in ranks])), 3),
+            "dropped": dropped, "cpu": round(spent, 1),
+            "mrr_of_kept": round(sum(1 / rank for rank in ranks) / max(len(ranks), 1), 3),
         }  # fmt: skip
         _rust.publish_file(str(kept), json.dumps(row).encode())
     return json.loads(kept.read_text())

@@ -84,7 +84,7 @@ def test_the_published_score(name: str) -> None:
     assert MODEL is not None and MODEL.origin is not None
     folder = Path(MODEL.origin).parent / "model"
     limits = {"query": 256, "passage": 256}
-    encoder = Encoder.from_pretrained(folder, pooling="mean", max_length=limits)
+    encoder = Encoder.from_pretrained(folder, pooling="mean", max_length=limits).prepack()
     result = evaluate_tasks(
         encoder,
         [task(name, files)],

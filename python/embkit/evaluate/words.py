@@ -83,7 +83,7 @@ def _encoder(model: Path, bf16: bool) -> Encoder:
     """A model, in bfloat16 when asked for: its digest is another then, and so are kept vectors."""
     from embkit.model import Encoder
 
-    encoder = Encoder.from_pretrained(model)
+    encoder = Encoder.from_pretrained(model).prepack()
     return encoder.bfloat16() if bf16 else encoder
 
 

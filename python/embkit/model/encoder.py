@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ from embkit.errors import UsageError
 from embkit.model import attention, states
 from embkit.model.convert import is_causal, make_bidirectional
 from embkit.model.convert import positions as positions
+from embkit.model.prepack import prepacked
 from embkit.model.projection import linears, new_projection, prefix, seeded
 from embkit.model.rows import evaluating, gather
 from embkit.model.rows import hash_tensors as hash_tensors
@@ -119,6 +121,7 @@ class Encoder(nn.Module):
             )
         if is_causal(backbone) and hasattr(backbone.config, "use_cache"):
             backbone.config.use_cache = False  # keys and values for generation: memory for nothing
+        self._prepacks = False
         self._attends = attention.use(backbone) and states.takes_positions(backbone)
         self.soft_mask_steps, self.soft_mask_step = soft_mask_steps, 0
         if soft_mask_steps and not (self._attends and bidirectional):
@@ -419,6 +422,18 @@ class Encoder(nn.Module):
             budget=token_budget, progress=progress,
         )  # fmt: skip
 
+    def prepack(self, on: bool = True) -> Encoder:
+        """Let :meth:`encode` on a CPU lay out weights for oneDNN first; a sixth faster or more.
+
+        Embeddings then differ from those without by rounding, some 1e-7, which is why nothing that
+        trains or mines does so by itself. In bfloat16 it is always done.
+
+        Returns:
+            itself.
+        """
+        self._prepacks = on
+        return self
+
     def digest(self, algorithm: str = "sha256") -> str:
         """Hex digest of everything that decides an embedding, and of what will be trained.
 
@@ -488,7 +503,9 @@ class Encoder(nn.Module):
             )
         out = np.empty((len(lengths), width), np.float32)
         done = 0
-        with evaluating(self):
+        half = self.device.type == "cpu" and next(self.parameters()).dtype == torch.bfloat16
+        packs = prepacked(self, int(lengths.sum())) if half or self._prepacks else nullcontext()
+        with evaluating(self), packs:
             for at in micro_batches(lengths, budget):
                 ids, mask, prompt_len = (torch.from_numpy(a).to(self.device) for a in fetch(at))
                 e_BD = self(ids, mask, prompt_len)[:, :width].float()

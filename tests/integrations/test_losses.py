@@ -195,7 +195,7 @@ def test_ranking_of_halves_is_computed_in_float32() -> None:
 
 
 @pytest.mark.parametrize("own", [False, True])
-def test_cosent(own: bool) -> None:
+def test_cosent(own: bool, kernels: None) -> None:
     columns = randn(2, 30)
     labels = torch.randint(0, 5, (30,), generator=torch.Generator().manual_seed(1)) / 4
     options = {"similarity_fct": pairwise_dot_score} if own else {}
@@ -204,9 +204,16 @@ def test_cosent(own: bool) -> None:
         ek.CoSENTLoss(nn.Module()).compute_loss_from_embeddings(columns, labels[:4])
 
 
-def test_cosent_of_booleans() -> None:
+def test_cosent_of_booleans_and_of_one_grade(kernels: None) -> None:
     labels = torch.arange(8) % 2 == 0
     compared([m.CoSENTLoss(nn.Module()) for m in (st, ek)], randn(2, 8), labels)
+    compared([m.CoSENTLoss(nn.Module()) for m in (st, ek)], randn(2, 8), torch.ones(8))
+
+
+@pytest.mark.parametrize("scale", [1.0, 290.0, 2000.0])
+def test_cosent_of_any_scale(scale: float) -> None:
+    columns, labels = randn(2, 30), torch.arange(30) % 7
+    compared([m.CoSENTLoss(nn.Module(), scale=scale) for m in (st, ek)], columns, labels)
 
 
 Made = Callable[[Any, Any, Any], Any]

@@ -43,7 +43,7 @@ def prepacked(module: nn.Module, tokens: int) -> Iterator[None]:
     taken: list[nn.Module] = []
     try:
         for layer in found:
-            layer.forward = _Packed(layer)  # type: ignore[method-assign]
+            layer.forward = _Packed(layer)  # type: ignore[assignment, method-assign]
             taken.append(layer)
         for block in module.modules():
             dense = getattr(block, "dense", None)

@@ -37,7 +37,8 @@ def prepacked(module: nn.Module, tokens: int) -> Iterator[None]:
     """
     found = [m for m in module.modules() if type(m) is nn.Linear and _takes(m)]
     size = sum(m.weight.numel() * m.weight.element_size() for m in found)
-    if tokens < _LEAST_TOKENS or size > _MOST_BYTES or not found or not available():
+    mixed = torch.is_autocast_enabled("cpu")  # layers cast by themselves there
+    if tokens < _LEAST_TOKENS or size > _MOST_BYTES or mixed or not found or not available():
         yield
         return
     taken: list[nn.Module] = []

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from embkit.data.sources import beir_file, read_jsonl
+from embkit.data.readers import beir_file, read_jsonl
 
 pytest.importorskip("mteb")
 HOME = Path(os.environ.get("EMBKIT_REAL_DATA", "nowhere"))

@@ -152,7 +152,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_groups_are_held_out_whole(folder: Path, tmp_path: Path) -> None:
-    from embkit.data.sources import read_jsonl
+    from embkit.data.readers import read_jsonl
     from embkit.evaluate import load_split
 
     out = real.build(folder, tmp_path / "data")

@@ -18,7 +18,7 @@ from embkit.bench import recipes_causal as causal
 from embkit.bench import recipes_peer
 from embkit.bench import recipes_systems as systems
 from embkit.bench import recipes_systems_data as folders
-from embkit.data.sources import read_jsonl
+from embkit.data.readers import read_jsonl
 from embkit.evaluate.tasks import RetrievalSet, load_split
 
 TEXTS = ["Die Bibliothek liest Tabellen.", "Un éditeur de texte", "データベースを管理する", "x"]

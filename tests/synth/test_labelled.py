@@ -20,7 +20,7 @@ from embkit import data
 from embkit.cli import llm as cli_llm
 from embkit.errors import CorruptError, UsageError
 from embkit.synth import Completion, Labelled, prompts, write_labelled
-from embkit.synth.labelled import apportion
+from embkit.synth.labelled_plan import apportion
 from embkit.synth.parse import Invalid, read_list
 
 REVIEWS = """

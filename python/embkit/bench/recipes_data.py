@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from embkit.data.sources import read_jsonl
+from embkit.data.readers import read_jsonl
 from embkit.stage import stage
 
 Row = dict[str, Any]

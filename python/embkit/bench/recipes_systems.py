@@ -420,7 +420,7 @@ def bench_of(system: System) -> Bench:
     Raises:
         ImportError: no real data, or no tokenizer of its kind.
     """
-    from embkit.data.sources import read_jsonl
+    from embkit.data.readers import read_jsonl
 
     source = real.source()
     if source is None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from embkit.bench.recipes_data import Row, part, per_label, write
-from embkit.data.sources import read_jsonl
+from embkit.data.readers import read_jsonl
 from embkit.stage import stage
 
 _VERSION = 1  # of what is written here

@@ -25,7 +25,7 @@ from embkit.bench.recipes_rows import SEEDS, case_of, found, world_of
 from embkit.bench.synth_real import folder, real_data
 from embkit.bench.synth_sample import WORDS
 from embkit.data import read, tokenize
-from embkit.data.sources import read_jsonl
+from embkit.data.readers import read_jsonl
 from embkit.synth import Judge, Relabel, Write, judge, relabel, write_queries
 
 _VERSION = 2

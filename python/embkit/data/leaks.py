@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from embkit import _rust, container
+from embkit.data.readers import beir_file, read_jsonl
 from embkit.data.records import Records
-from embkit.data.sources import beir_file, read_jsonl
 from embkit.data.tables import Array, Shard, Texts, offsets_of, owners
 from embkit.errors import UsageError
 from embkit.progress import bar

@@ -17,16 +17,15 @@ from typing import Any
 from embkit import _rust
 from embkit.container import read_manifest
 from embkit.data.convert import Counts, classes, convert
+from embkit.data.decoding import batches, line_of, lines_of, rows_of
+from embkit.data.readers import JSONL, beir_file
 from embkit.data.tables import KINDS, task_name
 from embkit.data.task_texts import key
 from embkit.errors import CorruptError, UsageError, nearest
 from embkit.recipe.tasks import RULES, Conversion, Task
 
-JSONL = (".jsonl", ".jsonl.zst", ".jsonl.gz", ".ndjson", ".ndjson.zst", ".ndjson.gz")
 SUFFIXES = (*JSONL, ".parquet")
 _QUERY = ("query", "anchor", "question", "query_text", "instruction")  # by rank, as in Rust
-_BATCH = 2048  # rows handed to Rust at once
-_BLOCK = 4 << 20  # ... or, as JSON lines, bytes
 
 
 @dataclass(frozen=True)
@@ -119,9 +118,9 @@ def kind_of(source: Source) -> str:
     """
     if source.kind != "auto":
         return source.kind
-    row = next((row for row in _rows(source) if row is not None), {})
+    row = next((row for row in rows_of(source) if row is not None), {})
     builder = _rust.RecordsBuilder()
-    builder.add_lines(_line(row), source.name, source.task, source.kind)
+    builder.add_lines(line_of(row), source.name, source.task, source.kind)
     kind: str = builder.finish()["examples"][0]["kind"]
     return kind
 
@@ -129,7 +128,7 @@ def kind_of(source: Source) -> str:
 def classes_of(source: Source) -> dict[str, str]:
     """The class of each text of a labelled set that is converted."""
     assert source.conversion is not None
-    return classes(_rows(source), source.conversion)
+    return classes(rows_of(source), source.conversion)
 
 
 def written_in(directory: Path) -> list[Source]:
@@ -146,7 +145,7 @@ def written_in(directory: Path) -> list[Source]:
 def task_texts_of(source: Source) -> dict[str, str]:
     """The column ``task_text`` of a source, by query; of equal queries the first one's."""
     found: dict[str, str] = {}
-    for row in _rows(source):
+    for row in rows_of(source):
         said = (row or {}).get("task_text")
         query = next(((row or {})[n] for n in _QUERY if n in (row or {})), None)
         if isinstance(said, str) and isinstance(query, str) and said.strip():
@@ -184,7 +183,7 @@ def feed(source: Source, builder: Any) -> Counts | None:
     where = (source.name, source.task, source.kind)
     if source.conversion is not None:
         counts = Counts()
-        for block in _lines(convert(_rows(source), source.conversion, counts)):
+        for block in lines_of(convert(rows_of(source), source.conversion, counts)):
             builder.add_lines(block, *where)
         if not counts.examples:
             raise CorruptError(
@@ -198,7 +197,7 @@ def feed(source: Source, builder: Any) -> Counts | None:
         builder.add_jsonl(str(source.path), *where)
         return None
     empty = True
-    for batch in _batches(source):
+    for batch in batches(source):
         if isinstance(batch, bytes):
             builder.add_lines(batch, *where)
         elif batch.num_rows:
@@ -280,243 +279,6 @@ def _in_memory(item: Any, task: str | None, kind: str) -> Source:
         )
     name = task_name(task or getattr(getattr(item, "info", None), "dataset_name", None) or "data")
     return Source("memory", name, name, kind, None, item)
-
-
-def beir_file(folder: Path, name: str) -> Path | None:
-    """``folder/name`` with any suffix of JSON lines, or None."""
-    for suffix in JSONL:
-        if (folder / (name + suffix)).is_file():
-            return folder / (name + suffix)
-    return None
-
-
-# ---------------------------------------------------------------- decoding
-
-
-def _batches(source: Source) -> Iterator[Any]:
-    """Arrow tables or batches, or blocks of JSON lines, in the order of the rows."""
-    if source.form == "parquet":
-        return _parquet(Path(str(source.path)))
-    if source.form == "beir":
-        return _lines(_beir(Path(str(source.path))))
-    dataset = source.dataset
-    if source.form == "saved":
-        from datasets import load_from_disk
-
-        dataset = load_from_disk(str(source.path))
-        dataset = dataset["train"] if isinstance(dataset, dict) else dataset
-    return _arrow(dataset) if _has_arrow(dataset) else _lines(_dicts(dataset))
-
-
-def _rows(source: Source) -> Iterator[dict[str, Any] | None]:
-    """The rows of a source one by one; None for a line that is no JSON object."""
-    if source.form == "jsonl":
-        yield from _json_rows(Path(str(source.path)))
-        return
-    for batch in _batches(source):
-        if isinstance(batch, bytes):
-            yield from map(json.loads, batch.splitlines())
-        else:
-            yield from batch.to_pylist()
-
-
-def _json_rows(path: Path) -> Iterator[dict[str, Any] | None]:
-    import pyarrow as pa
-
-    codec = {".zst": "zstd", ".gz": "gzip"}.get(path.suffix)
-    rest = b""
-    try:
-        with pa.OSFile(str(path)) as raw:
-            stream = pa.CompressedInputStream(raw, codec) if codec else raw
-            while block := stream.read(_BLOCK):
-                *lines, rest = (rest + block).split(b"\n")
-                yield from (_json_row(line) for line in lines if line.strip())
-    except OSError as error:
-        if isinstance(error, (FileNotFoundError, PermissionError)):
-            raise
-        raise CorruptError(
-            f"The file cannot be decoded: {error}.", where=path, fix="fetch or write it again"
-        ) from error
-    if rest.strip():
-        yield _json_row(rest)
-
-
-def _json_row(line: bytes) -> dict[str, Any] | None:
-    try:
-        row = json.loads(line)
-    except ValueError:  # also for bytes that are no UTF-8
-        return None
-    return row if isinstance(row, dict) else None
-
-
-def _parquet(path: Path) -> Iterator[Any]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        with pq.ParquetFile(path, memory_map=True) as file:
-            yield from file.iter_batches(batch_size=_BATCH)
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
-        if isinstance(error, (FileNotFoundError, PermissionError)):
-            raise
-        raise CorruptError(
-            f"The Parquet file cannot be decoded: {str(error).splitlines()[0]}.",
-            where=path,
-            fix="fetch or write the file again",
-        ) from error
-
-
-def _has_arrow(dataset: Any) -> bool:
-    """Whether a dataset holds Arrow tables, not rows that Python code makes one by one."""
-    if not hasattr(dataset, "with_format"):
-        return False
-    stream = getattr(dataset, "_ex_iterable", None)  # of a datasets.IterableDataset only
-    return stream is None or getattr(stream, "iter_arrow", None) is not None
-
-
-def _arrow(dataset: Any) -> Iterator[Any]:
-    features = getattr(dataset, "features", None) or {}
-    named = {column: f for column, f in features.items() if hasattr(f, "int2str")}
-    for table in dataset.with_format("arrow").iter(batch_size=_BATCH):
-        for column, feature in named.items():
-            at = table.column_names.index(column)
-            table = table.set_column(at, column, _class_names(table.column(column), feature.names))
-        table.validate()  # cheap, and Rust trusts the outer offsets
-        yield table
-
-
-def _class_names(column: Any, names: list[str]) -> Any:
-    """Class labels, stored as numbers, by name; what is no class (-1) stays a number."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
-    known = pc.if_else(pc.greater_equal(column, 0), column, None)
-    return pc.coalesce(pc.take(pa.array(names, pa.string()), known), pc.cast(column, pa.string()))
-
-
-def _lines(rows: Iterable[dict[str, Any]]) -> Iterator[bytes]:
-    """Blocks of JSON lines."""
-    batch: list[bytes] = []
-    size = 0
-    for row in rows:
-        batch.append(_line(row))
-        size += len(batch[-1])
-        if size >= _BLOCK or len(batch) == _BATCH:
-            yield b"".join(batch)
-            batch, size = [], 0
-    if batch:
-        yield b"".join(batch)
-
-
-def _dicts(dataset: Any) -> Iterator[dict[str, Any]]:
-    features = getattr(dataset, "features", None) or {}
-    names = {column: f for column, f in features.items() if hasattr(f, "int2str")}
-    for row in dataset:
-        if not isinstance(row, dict):
-            raise UsageError(
-                f"A row is a {type(row).__name__}, not a dict of columns.",
-                fix="give a datasets.Dataset or an iterable of dicts",
-            )
-        yield {k: _label(names[k], v) if k in names else v for k, v in row.items()}
-
-
-def _label(feature: Any, value: Any) -> Any:
-    return feature.int2str(value) if isinstance(value, int) and value >= 0 else value
-
-
-def _line(row: dict[str, Any]) -> bytes:
-    """One JSON line; columns without a value are left out, unknown types become text."""
-    kept = {k: v for k, v in row.items() if v is not None}
-    text = json.dumps(kept, ensure_ascii=False, default=str)
-    return text.encode("utf-8", "surrogateescape") + b"\n"
-
-
-def _beir(folder: Path) -> Iterator[dict[str, Any]]:
-    corpus = {str(d["_id"]): d for d in read_jsonl(_must(folder, "corpus"))}
-    queries = {str(q["_id"]): q["text"] for q in read_jsonl(_must(folder, "queries"))}
-    positives: dict[str, list[str]] = {}
-    qrels = beir_file(folder, "qrels") or folder / "qrels" / "train.tsv"
-    for query, document, score in read_qrels(qrels):
-        if score > 0 and query in queries and document in corpus:
-            positives.setdefault(query, []).append(joined(corpus[document]))
-    for query, texts in positives.items():
-        yield {"query": queries[query], "positive": texts}
-
-
-def _must(folder: Path, name: str) -> Path:
-    path = beir_file(folder, name)
-    if path is None:
-        raise FileNotFoundError(2, "No such file", str(folder / f"{name}.jsonl[.zst|.gz]"))
-    return path
-
-
-def joined(row: dict[str, Any]) -> str:
-    """Title and text of a passage, joined as they are for training."""
-    title, text = str(row.get("title") or ""), str(row.get("text") or "")
-    return f"{title} {text}".strip()
-
-
-# ---------------------------------------------------------------- small readers for evaluation sets
-
-
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """All objects of a JSON lines file (plain, .zst or .gz); for sets that fit in memory.
-
-    Raises:
-        CorruptError: a broken compressed stream or a line that is no JSON object.
-    """
-    import pyarrow as pa
-
-    if not path.is_file():
-        raise FileNotFoundError(2, "No such file", str(path))
-    codec = {".zst": "zstd", ".gz": "gzip"}.get(path.suffix)
-    try:
-        with pa.OSFile(str(path)) as raw:
-            data = (pa.CompressedInputStream(raw, codec) if codec else raw).read()
-        lines = data.decode("utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise CorruptError(
-            f"The file cannot be decoded: {error}.", where=path, fix="fetch or write it again"
-        ) from error
-    rows = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise CorruptError(
-                f"Line {number} is not JSON: {error.msg}.", where=path, fix="one object per line"
-            ) from error
-        if not isinstance(row, dict):
-            raise CorruptError(f"Line {number} is not a JSON object.", where=path)
-        rows.append(row)
-    return rows
-
-
-def read_qrels(path: Path) -> list[tuple[str, str, float]]:
-    """Query id, document id and grade of each judgement, from JSON lines or a BEIR ``.tsv``."""
-    if path.suffix != ".tsv":
-        rows = read_jsonl(path)
-        out = []
-        for number, row in enumerate(rows, 1):
-            query = row.get("query_id", row.get("query-id"))
-            document = row.get("corpus_id", row.get("corpus-id"))
-            if query is None or document is None:
-                raise CorruptError(
-                    f"Row {number} has no query_id or corpus_id.",
-                    where=path,
-                    fix="columns query_id, corpus_id, score",
-                )
-            out.append((str(query), str(document), float(row.get("score", 1))))
-        return out
-    judged = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines()[1:], 2):
-        cells = line.split("\t")
-        if len(cells) != 3:
-            raise CorruptError(f"Line {number} has {len(cells)} cells, not 3.", where=path)
-        judged.append((cells[0], cells[1], float(cells[2])))
-    return judged
 
 
 def describe(sources: Sequence[Source]) -> list[dict[str, str]]:

@@ -24,7 +24,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from embkit.data.sources import read_jsonl, stem
+from embkit.data.readers import read_jsonl
+from embkit.data.sources import stem
 from embkit.errors import CorruptError, UsageError
 from embkit.evaluate.tasks import (
     ClassificationSet,

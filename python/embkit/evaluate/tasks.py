@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from embkit.data.sources import JSONL, beir_file, joined, read_jsonl, read_qrels, stem
+from embkit.data.readers import JSONL, beir_file, joined, read_jsonl, read_qrels
+from embkit.data.sources import stem
 from embkit.errors import CorruptError, UsageError
 
 TYPES = ("retrieval", "sts", "classification")

@@ -118,7 +118,7 @@ def _cost_of_queries(recipe: Recipe) -> tuple[Cost, int]:
 
 def _cost_of_texts(recipe: Recipe, name: str) -> Cost:
     from embkit.synth import Labelled
-    from embkit.synth.labelled import Plan
+    from embkit.synth.labelled_plan import Plan
 
     task = recipe.synth.labelled[name]
     plan = Plan(settings(Labelled, task, lists={n: ("",) for n in task.lists}))

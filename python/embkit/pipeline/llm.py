@@ -184,7 +184,7 @@ class Asking:
 
     def _labelled(self, name: str) -> Labelled:
         from embkit.synth import Labelled
-        from embkit.synth.labelled import Plan
+        from embkit.synth.labelled_plan import Plan
         from embkit.synth.passages import read_lines
 
         task = self.recipe.synth.labelled[name]

@@ -5,7 +5,8 @@ from __future__ import annotations
 from embkit.synth.backend import open_llm
 from embkit.synth.cache import Cache
 from embkit.synth.judging import Judge, judge
-from embkit.synth.labelled import Labelled, write_labelled
+from embkit.synth.labelled import write_labelled
+from embkit.synth.labelled_plan import Labelled
 from embkit.synth.llm import LLM, BackendError, Completion, Likelihood, Usage
 from embkit.synth.passages import Personas
 from embkit.synth.prompts import Prompt

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from embkit.data.readers import joined, read_jsonl
 from embkit.data.records import Records
-from embkit.data.sources import joined, read_jsonl
 from embkit.errors import CorruptError, UsageError
 
 _TEXTS = ("text", "positive", "passage", "contents", "document")

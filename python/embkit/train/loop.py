@@ -1,4 +1,4 @@
-"""The training loop that every recipe shares, and the two stages that are made of it.
+"""The training loop that every recipe shares.
 
 One global batch a step, of one task: forward in length-sorted micro-batches with the graph kept,
 one loss over all of them, one backward, one AdamW step. Everything that decides a step is a pure
@@ -11,209 +11,45 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from embkit.errors import EmbkitError, Preempted, UsageError, nearest
+from embkit.errors import EmbkitError, Preempted, UsageError
 from embkit.losses import losses_fit
-from embkit.progress import Bar, bar
+from embkit.progress import Bar
 from embkit.recipe import Train
-from embkit.recipe.schema import changed
 from embkit.stage import Stage
 from embkit.train import budget, checks, statistics
 from embkit.train.batches import Batch, Steps, allocator, layout_of
-from embkit.train.callbacks import About, Callback, Callbacks
+from embkit.train.callbacks import About, Callback
 from embkit.train.checkpoint import sha256_tensors
 from embkit.train.evaluation import Evaluation
 from embkit.train.log import Log, save_failed_batch
 from embkit.train.negatives import Negatives
 from embkit.train.optim import Optimizer
-from embkit.train.parallel import Ranks, open_ranks, training_device
+from embkit.train.parallel import Ranks
 from embkit.train.profile import Clock, Profile, Speed
 from embkit.train.refresh import Miner
-from embkit.train.reporters import reporters
+from embkit.train.settings import decisive
 from embkit.train.sharding import spread, whole_state
 from embkit.train.signals import StopFlag
 from embkit.train.spike import Spikes
-from embkit.train.state import State, stage_of
+from embkit.train.state import State
 from embkit.train.step import Done, Step
 from embkit.train.teachers import Teachers, forget, learn
-from embkit.train.tensorboard import TensorBoard
 
 if TYPE_CHECKING:
     from embkit.model import Encoder
 
-# Settings that are newer than the others: not among a run's as long as they change nothing, so that
-# runs begun before go on.
-_LATER = ("prompt_dropout", "projection_lr_scale", "layer_lr_decay", "batch_sizes")
-_DEFAULTS = Train()
-# Settings that change what is seen or how fast, not one bit of the model.
 REFRESH = "refresh"  # folder of a run that is gone when it is published
-_FREE = (
-    "data_threads", "log_every", "checkpoint_every", "keep_checkpoints", "watch", "graph_memory",
-    "sharding", "shard_ranks", "cpu_offload", "gather", "rank_timeout", "teacher", "device",
-)  # fmt: skip
 
 
-def prefinetune(
-    encoder: Encoder,
-    store: Any,
-    *,
-    out: Path | str,
-    config: Train | None = None,
-    callbacks: Sequence[Callback] = (),
-    fresh: bool = False,
-    **overrides: Any,
-) -> Encoder:
-    """First stage: from pre-trained (or random) weights to an encoder, on in-batch negatives.
-
-    Args:
-        encoder: where to start; a copy is trained, the argument is left alone.
-        store: an ``embkit.data.Store`` or its directory.
-        out: the run directory: model/, checkpoints/, log.jsonl, manifest.json.
-        config: settings; defaults when None.
-        callbacks: look on (:class:`embkit.train.Callback`).
-        fresh: forget a finished or partial run in ``out``.
-        **overrides: single settings by name, e.g. ``steps=500``.
-
-    Returns:
-        The trained encoder, in evaluation mode.
-
-    Raises:
-        UsageError: a wrong setting, a store of another tokenizer, a task smaller than a batch.
-        Preempted: SIGTERM came; a checkpoint is written and the same call resumes.
-        EmbkitError: the loss is no finite number; the batch is saved.
-    """
-    chosen = _config(config, overrides)
-    return train(
-        encoder, store, name="prefinetune", out=out, config=chosen, callbacks=callbacks, fresh=fresh
-    )[0]
-
-
-def finetune(
-    encoder: Encoder,
-    store: Any,
-    *,
-    negatives: Any = None,
-    refresh: Miner | None = None,
-    out: Path | str,
-    config: Train | None = None,
-    callbacks: Sequence[Callback] = (),
-    fresh: bool = False,
-    **overrides: Any,
-) -> Encoder:
-    """Second stage: single-task batches, with mined hard negatives.
-
-    Args:
-        negatives: what :func:`embkit.mine.mine` returned, or its directory; None uses the
-            negatives in the examples, if any.
-        refresh: how negatives are mined again every ``refresh_every`` steps.
-        encoder, store, out, config, callbacks, fresh, **overrides: as for :func:`prefinetune`;
-            give each run of a soup its own ``out`` and ``seed``.
-
-    Returns:
-        The trained encoder, in evaluation mode.
-
-    Raises:
-        EmbkitError: as :func:`prefinetune`.
-        CorruptError: negatives of another store.
-    """
-    chosen = _config(config, overrides)
-    return train(
-        encoder, store, name="finetune", out=out, config=chosen, negatives=negatives,
-        refresh=refresh, callbacks=callbacks, fresh=fresh,
-    )[0]  # fmt: skip
-
-
-def train(
-    encoder: Encoder,
-    store: Any,
-    *,
-    name: str,
-    out: Path | str,
-    config: Train,
-    negatives: Any = None,
-    refresh: Miner | None = None,
-    callbacks: Sequence[Callback] = (),
-    fresh: bool = False,
-) -> tuple[Encoder, Profile]:
-    """What both stages are: a resumable run published as one directory.
-
-    Args:
-        name: of the stage. The others: see :func:`prefinetune`.
-
-    Returns:
-        The trained encoder and where the time went (all zero when the run was there already).
-    """
-    from embkit.data.loader import as_store
-    from embkit.model import Encoder
-    from embkit.model.export import export
-
-    store = as_store(store)
-    mined = checks.negatives_dir(negatives)
-    miner = checks.miner_for(config, refresh)
-    params = {**_decisive(config), "init": encoder.digest()}
-    if miner is not None:
-        params["miner"] = dict(miner.params)
-    options: dict[str, Any] = {
-        "name": name, "params": params, "kind": "embkit.run", "fresh": fresh,
-        "inputs": [
-            store.path, *([mined] if mined else []), *_judges(config),
-            *([config.teacher] if config.teacher else []),
-        ],
-    }  # fmt: skip
-    device = training_device(encoder.device, config.device)
-    checks.gpu_is_there(device)
-    with (
-        open_ranks(device, timeout=config.rank_timeout) as ranks,
-        stage_of(ranks, out, **options) as work,
-    ):
-        if work.done:
-            return Encoder.from_pretrained(work.out / "model").to(device), Profile()
-        checks.before_training(encoder, store)
-        checks.ranks_fit(config, ranks)
-        encoder.check_steps(config.steps)
-        watching = [TensorBoard(), *reporters(config.watch.report_to), *callbacks]
-        run = _Run(
-            encoder, device, store, mined, miner, config, work,
-            Callbacks(watching if ranks.first else ()), ranks,
-        )  # fmt: skip
-        if not fresh:
-            ranks.once(lambda: checks.no_other_run(work.out, work.digest, run.about))
-        label = name.capitalize() if ranks.first else None
-        with deterministic(), bar(label, total=config.steps, unit="steps") as progress:
-            run.all(name, progress)
-        trained = run.result()
-
-        def publish() -> None:
-            shutil.rmtree(work.dir / REFRESH, ignore_errors=True)
-            (work.dir / budget.FILE).unlink(missing_ok=True)
-            export(trained, work.dir / "model", name=Path(out).name)
-            work.publish(
-                {
-                    "steps": config.steps,
-                    "tasks": [
-                        {"name": name, "kind": store.task(name)["kind"], "examples": count}
-                        for name, count in run.steps.examples.items()
-                    ],
-                    "skipped": run.steps.skipped,
-                    "init_sha256": run.state.init_sha256,
-                    "model_digest": trained.digest(),
-                    **({} if config.token_budget else {"token_budget": run.config.token_budget}),
-                }
-            )
-
-        ranks.once(publish)
-    return trained.eval(), run.profile
-
-
-class _Run:
+class Run:
     """One run in its partial directory."""
 
     def __init__(
@@ -231,7 +67,7 @@ class _Run:
         self.encoder = encoder = copy.deepcopy(start).to(device)
         self.start, self.config, self.work, self.ranks = start, config, work, ranks
         self.store, self.folder, self.callbacks = store, work.dir, callbacks
-        self.about = checks.identity(work.digest, _decisive(config), encoder, store)
+        self.about = checks.identity(work.digest, decisive(config), encoder, store)
         if not config.token_budget:
             longest = max(store.max_length.values())
             tokens = budget.settled(config, encoder, longest, folder=work.dir, ranks=ranks)
@@ -492,23 +328,6 @@ class _Run:
 
 
 @contextmanager
-def deterministic() -> Iterator[None]:
-    """Deterministic algorithms inside; torch's other settings as they were."""
-    was = torch.are_deterministic_algorithms_enabled()
-    memory: Any = torch.utils.deterministic  # a module property that type checkers do not see
-    fill = memory.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True)
-    # Filling every new buffer with NaN finds reads of uninitialised memory; it costs a tenth of
-    # the step, and the tests of the kernels do it.
-    memory.fill_uninitialized_memory = False
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(was)
-        memory.fill_uninitialized_memory = fill
-
-
-@contextmanager
 def _threads(count: int) -> Iterator[None]:
     was = torch.get_num_threads()
     if was != count:
@@ -518,38 +337,3 @@ def _threads(count: int) -> Iterator[None]:
     finally:
         if torch.get_num_threads() != was:
             torch.set_num_threads(was)
-
-
-def _config(config: Train | None, overrides: Mapping[str, Any]) -> Train:
-    """Settings with single ones replaced; raises UsageError with the nearest name."""
-    known = {f.name for f in dataclasses.fields(Train)}
-    for key in overrides:
-        if key not in known:
-            raise UsageError(f"Unknown setting {key!r}.", fix=nearest(key, known))
-    return dataclasses.replace(config or Train(), **overrides)
-
-
-def _decisive(config: Train) -> dict[str, Any]:
-    """The settings that decide the model, as JSON types."""
-    plain = dataclasses.asdict(dataclasses.replace(config, tasks=dict(config.tasks)))
-    plain["betas"] = list(config.betas)
-    off = () if config.refresh_every else ("refresh_every", "refresh_lag")
-    if config.dynamic.on:
-        plain["dynamic"] = dataclasses.asdict(config.dynamic.resolved())
-    else:
-        off = (*off, "dynamic")
-    if config.watch.best == "export":
-        plain["best"] = config.watch.evaluate_every
-    off = (*off, *(name for name in _LATER if plain[name] == getattr(_DEFAULTS, name)))
-    plain["loss"] = changed(config.loss)
-    off = (*off, *(name for name in ("loss", "losses") if not plain[name]))
-    for part in plain["parts"]:
-        if not part["loss"]:
-            del part["loss"]
-    return {key: value for key, value in plain.items() if key not in (*_FREE, *off)}
-
-
-def _judges(config: Train) -> list[str]:
-    """The evaluation sets of a run whose output they decide."""
-    on = config.watch.evaluate_on
-    return [on] if config.watch.best == "export" and on is not None else []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -58,3 +58,31 @@ def write(tmp_path: Path) -> Callable[[str, Iterable[dict[str, Any]]], Path]:
         return path
 
     return make
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """For the words of composed.py and the records here."""
+    from embkit.data import vocabulary
+
+    from .composed import WORDS
+
+    out = tmp_path_factory.mktemp("tokenizer")
+    corpus = [*WORDS, "query: passage: text:"] + [
+        json.dumps(r) for r in [*RETRIEVAL, *STS, *CLASSES]
+    ]
+    vocabulary.write(out, vocabulary.train_wordpiece(corpus, vocab_size=300), {})
+    return out
+
+
+@pytest.fixture
+def small_shards(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Shards of 64 bytes of tokens, when tokenising and when composing."""
+    from embkit import _rust
+
+    for name in ("tokenize", "compose_store"):
+        whole = getattr(_rust, name)
+        monkeypatch.setattr(
+            _rust, name, lambda *a, _whole=whole, **k: _whole(*a, **{**k, "shard_bytes": 64})
+        )
+    yield

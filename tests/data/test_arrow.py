@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from embkit import _rust, data
-from embkit.data import sources
+from embkit.data import decoding
 from embkit.errors import CorruptError, UsageError
 
 from .conftest import CLASSES, RETRIEVAL, STS, lines
@@ -319,7 +319,7 @@ def test_arrow_is_not_turned_into_dicts(tmp_path: Path, monkeypatch: pytest.Monk
     def never(*_: Any) -> Any:
         raise AssertionError("a row went through JSON")
 
-    monkeypatch.setattr(sources, "_line", never)
+    monkeypatch.setattr(decoding, "line_of", never)
     pq.write_table(pa.Table.from_pylist(CLASSES), tmp_path / "t.parquet")
     dataset = Dataset.from_list(CLASSES)
     for i, item in enumerate((tmp_path / "t.parquet", dataset, dataset.to_iterable_dataset())):

@@ -34,7 +34,7 @@ from embkit.synth.local import Local
 from embkit.synth.prompts import load
 from embkit.synth.score import query_likelihoods
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+pytestmark = pytest.mark.timeout(1800)
 WRITE = Write(prompt="gecko-lines", temperature=0.0, shard=10)
 N = 5
 
@@ -82,7 +82,7 @@ def test_the_chain_over_twenty_passages_killed_and_resumed(
 
 
 def test_likelihood_ranks_the_true_passage_of_real_pairs(llm: Local) -> None:
-    asked = questions(DATA, each=20, n=N)[:20]
+    asked = questions(DATA, each=12, n=N)[:12]
     step = load("likelihood").steps[0]
     prompts = [step.render({"passage": p}) for q in asked for p in q.passages]
     found, why = query_likelihoods(llm, prompts, [q.query for q in asked for _ in q.passages])

@@ -26,7 +26,7 @@ from embkit.data import Store
 from embkit.errors import EmbkitError, Preempted
 from embkit.model import Encoder
 from embkit.recipe import Train, Watch
-from embkit.train import Callback, loop
+from embkit.train import Callback, loop, stages
 
 SETTINGS: dict[str, Any] = {
     "steps": 10, "batch_size": 14, "token_budget": 60, "temperature": 0.05, "lr": 1e-3,
@@ -62,7 +62,7 @@ def run(
     loop.Step.run = stopped  # type: ignore[method-assign]
     config = Train(**{**SETTINGS, **more})
     try:
-        trained, profile = loop.train(
+        trained, profile = stages.train(
             Encoder.from_pretrained(model), store, name="prefinetune", out=out, config=config,
             callbacks=[calls],
         )  # fmt: skip

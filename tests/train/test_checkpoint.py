@@ -289,20 +289,20 @@ def test_the_commands_forget_a_run_when_told(
     store: Store, tiny_model: Path, tmp_path: Path
 ) -> None:
     """`--fresh`, which messages advise, of both training verbs; without it a finished run stays."""
-    from embkit import cli
+    from embkit.cli import training
 
     settings = ["steps=2", "batch_size=6", "warmup_ratio=0", "tasks={retrieval=1.0}"]
 
     def pre(*, fresh: bool = False) -> int:
         changed = ["model.dims=[32,16]", *(f"prefinetune.{s}" for s in settings)]
-        cli.prefinetune(
+        training.prefinetune(
             store.path, tmp_path / "pre", model=str(tiny_model), set_=changed, fresh=fresh
         )
         return (tmp_path / "pre" / "manifest.json").stat().st_mtime_ns
 
     def fine(*, fresh: bool = False) -> int:
         changed = [f"finetune.{s}" for s in (*settings, "hard_negatives=0")]
-        cli.finetune(tiny_model, store.path, tmp_path / "fine", set_=changed, fresh=fresh)
+        training.finetune(tiny_model, store.path, tmp_path / "fine", set_=changed, fresh=fresh)
         return (tmp_path / "fine" / "manifest.json").stat().st_mtime_ns
 
     for verb in (pre, fine):

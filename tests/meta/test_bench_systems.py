@@ -207,6 +207,8 @@ def test_recipes_of_the_systems_change_sizes_and_names_alone(tmp_path: Path) -> 
         assert loaded.tokenizer.format == paper.tokenizer.format, name
         assert loaded.finetune.loss == paper.finetune.loss, name
         assert loaded.finetune.dynamic.rule == paper.finetune.dynamic.rule, name
+        named = {*loaded.prefinetune.tasks, *loaded.finetune.tasks, *loaded.finetune.batch_sizes}
+        assert named <= {*system.pre, *system.fine, *system.sts, *system.labels}, name
         assert (loaded.soup, loaded.mix.method) == (paper.soup, paper.mix.method), name
         assert [p.in_batch for p in loaded.finetune.parts] == [
             p.in_batch for p in paper.finetune.parts

@@ -11,8 +11,8 @@ from embkit.errors import UsageError
 from embkit.recipe.schema import build, plain
 from embkit.recipe.whole import Recipe
 
-# Weights of tasks are one value: those of other data would name tasks that are not there.
-_MIXTURES = (("prefinetune", "tasks"), ("finetune", "tasks"))
+# What is said by task is one value: that of other data would name tasks that are not there.
+_BY_TASK = tuple((s, k) for s in ("prefinetune", "finetune") for k in ("tasks", "batch_sizes"))
 
 
 def builtin() -> dict[str, Path]:
@@ -42,8 +42,8 @@ def read_table(source: Path | str) -> dict[str, Any]:
     """The TOML table of a recipe file or built-in name, unchecked.
 
     With ``extends = "NAME"`` (a built-in recipe, or a file beside this one) it is laid over that
-    recipe's: tables key by key, anything else, and a mixture of tasks, in the place of what was
-    there; "off" takes a table away.
+    recipe's: tables key by key; anything else, and weights and batch sizes of tasks, in the place
+    of what was there; "off" takes a table away.
 
     Raises:
         UsageError: not TOML, or recipes that extend each other in a circle.
@@ -83,7 +83,7 @@ def _laid_over(
         if _removes(value, old):
             del out[key]
             continue
-        both = isinstance(old, dict) and isinstance(value, dict) and here not in _MIXTURES
+        both = isinstance(old, dict) and isinstance(value, dict) and here not in _BY_TASK
         out[key] = _laid_over(old, value, here) if both else value  # type: ignore[arg-type]
     return out
 

@@ -40,6 +40,7 @@ def make(folder, **options):
     return made, encoder.calls
 """
 RANK = """
+import os
 import sys
 from pathlib import Path
 import torch.distributed as dist
@@ -64,6 +65,8 @@ try:
 except UsageError as error:
     print(error)
 dist.destroy_process_group()
+sys.stdout.flush()
+os._exit(0)  # torch has once ended a process with SIGABRT here, after all of this was done
 """
 
 
